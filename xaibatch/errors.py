@@ -1,0 +1,54 @@
+"""What can go wrong by the user's hand: a small tree of exceptions that the command line prints without a traceback."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class XaibatchError(Exception):
+    """An error that the user can mend; its text says what was received, what was expected and what to do."""
+
+
+class UsageError(XaibatchError):
+    """A wrong argument, option, configuration or run folder (exit code 2)."""
+
+
+class UnknownNameError(UsageError):
+    """A name that is not known, with the nearest known one and the whole list."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
+
+
+class DataError(UsageError):
+    """A data set that cannot be read as one: no images, no labels, a missing column."""
+
+
+class ImageError(XaibatchError):
+    """One image that cannot be used; it becomes one row in `failures`, never a failed run."""
+
+
+class ModelError(UsageError):
+    """A model or checkpoint that cannot be loaded or is not supported."""
+
+
+class ConfigError(UsageError):
+    """A configuration key or value that is not allowed."""
+
+
+class RunFolderError(UsageError):
+    """A run folder that belongs to another configuration, is held by another run or cannot be written."""
+
+
+class NotScoredError(XaibatchError):
+    """A score that is undefined for this input: becomes a null score with this status and reason."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        self.status = status
+        self.reason = reason
+        super().__init__(f"{status}: {reason}")
+
+    def __reduce__(self) -> tuple[type["NotScoredError"], tuple[str, str]]:
+        return (NotScoredError, (self.status, self.reason))

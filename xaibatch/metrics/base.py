@@ -1,0 +1,188 @@
+"""What a metric is: a plan or variants to ask the replica for, and a score from the answers; NumPy only, no torch.
+
+Metrics never call the model. A metric belongs to one of three families:
+
+- `MapMetric`      scores the map alone (complexity, localisation);
+- `PlanMetric`     asks for the model's outputs on perturbed copies (faithfulness). A plan that does not look at the map
+                   (`plan_uses_map = False`) is run once for all explainers;
+- `VariantMetric`  asks for explanations of variants: noisy copies, other target classes, randomised weights, twins.
+
+Shape letters: C channels, H W pixels, h w a map's own sides, K classes, S samples, V variants.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xaibatch.errors import NotScoredError
+from xaibatch.maps import MapOptions, pixel_map
+from xaibatch.options import Options, validated
+from xaibatch.perturb.plans import PerturbationPlan, UniformNoisePlan
+from xaibatch.registry import Registry
+from xaibatch.seeding import DrawKey
+from xaibatch.types import MISSING_LABEL, MISSING_MASK
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageView:
+    """What a metric may know of an image without seeing a map: the input of a shared plan.
+
+    label is -1 where the true class is unknown; logits_K are the model's outputs for the image itself (float64);
+    `image_CHW` (normalised), `masks` (name -> bool (H,W)) only where the metric's `needs` names them.
+    """
+
+    key: DrawKey
+    shape_CHW: tuple[int, int, int]
+    label: int
+    predicted: int
+    logits_K: NDArray[np.float64]
+    image_CHW: NDArray[np.floating] | None = None
+    masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    patch_size: int = 16
+    """Side of a patch token in pixels, for patch-aligned plans."""
+
+    def scored_class(self, which: Literal["label", "predicted"]) -> int:
+        """The class whose output a faithfulness metric reads; raises NotScoredError if the label is unknown."""
+        if which == "predicted":
+            return self.predicted
+        if self.label < 0:
+            raise NotScoredError(MISSING_LABEL, "the metric reads the true label's output and the image has no label")
+        return self.label
+
+    def mask(self, name: str) -> NDArray[np.bool_]:
+        """The named mask, bool (H,W); raises NotScoredError if the image has none or an empty one."""
+        mask = self.masks.get(name)
+        if mask is None or not mask.any():
+            raise NotScoredError(MISSING_MASK, f"the image has no {name!r} mask" if mask is None else f"its {name!r} mask is empty")
+        return mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapView(ImageView):
+    """An image and one explainer's map of it.
+
+    map_hw is the explainer's own map (token grid or pixels); `pixels_HW` is that map at pixel resolution (float64) after the
+    run's upsampling and normalisation, which is what Quantus would be given.
+    """
+
+    explainer: str
+    target: int
+    map_hw: NDArray[np.floating]
+    map_options: MapOptions
+
+    @cached_property
+    def pixels_HW(self) -> NDArray[np.float64]:
+        return pixel_map(self.map_hw, self.shape_CHW[1:], self.map_options)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoisyVariant:
+    """Copy `sample` of a noise plan; its explanation targets the class predicted for that very copy, or the original's."""
+
+    plan: UniformNoisePlan
+    sample: int
+    target: Literal["as_configured", "original"] = "as_configured"
+    draws: Literal["fresh", "paired"] = "fresh"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetVariant:
+    """The same image, explained for another class."""
+
+    target: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsVariant:
+    """The same image and target, explained on a model whose layers (from `order`, the first `num_layers`) were
+    re-initialised with draws keyed by (seed, layer name); `num_layers` -1 means all."""
+
+    order: Literal["top_down", "bottom_up", "independent"]
+    num_layers: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TwinVariant:
+    """The image's lesion-free twin, explained for the same class as the image."""
+
+
+Variant = NoisyVariant | TargetVariant | WeightsVariant | TwinVariant
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantView:
+    """The answer to one variant: its map (native), its pixel map, the model's logits on it and the class explained."""
+
+    map_hw: NDArray[np.floating]
+    pixels_HW: NDArray[np.float64]
+    logits_K: NDArray[np.float64]
+    target: int
+
+
+class Metric(ABC):
+    """One metric with its options fixed. Class attributes are what `xaibatch list metrics` prints."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    family: ClassVar[Literal["faithfulness", "robustness", "complexity", "localisation", "randomisation", "causal"]]
+    paper: ClassVar[str]
+    higher_is_better: ClassVar[bool | None]
+    bounds: ClassVar[tuple[float, float]]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Any of `image`, `mask`, `label`, `twin`."""
+
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, **options: Any) -> None:
+        self.options = validated(self.Options, options, f"metric {self.name!r}")
+
+    def num_forward_passes(self, num_explainers: int) -> int:
+        """Forward passes on perturbed copies per image and repeat (explanations of variants not counted)."""
+        return 0
+
+    def cell_key(self) -> str:
+        """Metrics of equal key ask for the same plan or variants and share one cell; by default nothing is shared."""
+        return f"{self.name}:{self.options.model_dump_json()}"
+
+
+class MapMetric(Metric):
+    """Scores the map alone."""
+
+    @abstractmethod
+    def score(self, view: MapView) -> float:
+        """Return the score, or raise NotScoredError with status and reason."""
+
+
+class PlanMetric(Metric):
+    """Scores the model's outputs on perturbed copies."""
+
+    plan_uses_map: ClassVar[bool] = True
+
+    @abstractmethod
+    def plan(self, view: ImageView) -> PerturbationPlan:
+        """Which copies to run. `view` is a MapView when `plan_uses_map`, a plain ImageView (no map) otherwise."""
+
+    @abstractmethod
+    def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
+        """Return the score from the outputs on the plan's copies, or raise NotScoredError."""
+
+
+class VariantMetric(Metric):
+    """Scores how the map answers a change of image, class or weights."""
+
+    @abstractmethod
+    def variants(self, view: ImageView) -> tuple[Variant, ...]:
+        """Which variants to explain (with every explainer)."""
+
+    @abstractmethod
+    def score(self, view: MapView, answers: tuple[VariantView, ...]) -> float:
+        """Return the score from the variants' maps, in the order of `variants`, or raise NotScoredError."""
+
+
+METRICS: Registry[type[Metric]] = Registry("metric")

@@ -1,0 +1,1 @@
+"""Perturbation plans (which changed copies of an image to run) and how a device expands and runs them."""

@@ -1,0 +1,99 @@
+"""Perturbation plans: compact, image-free descriptions of changed copies of one image; NumPy only.
+
+A plan never contains an image. `xaibatch.perturb.expand` turns a plan and an image into the copies on a device, and
+`xaibatch.perturb.runner` packs the copies of many plans into full batches and returns logits.
+
+Shape letters: S samples (copies), K entries of a subset, N entries of an order, M superpixels, H W pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xaibatch.seeding import DrawKey
+
+Baseline = float | Literal["black", "white", "mean", "blur"]
+"""What a removed entry becomes, in the units of the normalised image: a number, or computed from the image itself:
+`black` its minimum, `white` its maximum, `mean` its mean (all over channels and pixels, as Quantus has them), `blur` the
+Gaussian-blurred image (sigma: 1/16 of the shorter side)."""
+
+Entries = Literal["pixel", "channel"]
+"""What an index counts: `pixel` 0..H*W-1 (all channels change together) or `channel` 0..C*H*W-1 (one channel entry)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubsetPlan:
+    """Copy s has the entries `index_SK[s]` replaced by the baseline."""
+
+    index_SK: NDArray[np.int32]
+    entries: Entries
+    baseline: Baseline
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.index_SK)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderPlan:
+    """Copy s has the first `counts_S[s]` entries of `order_N` replaced (`delete`), or all *other* entries (`insert`)."""
+
+    order_N: NDArray[np.int32]
+    counts_S: NDArray[np.int32]
+    entries: Entries
+    baseline: Baseline
+    direction: Literal["delete", "insert"] = "delete"
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.counts_S)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SuperpixelPlan:
+    """Copy s shows the superpixels with `keep_SM[s]` and has the baseline elsewhere (LIME, KernelSHAP, IROF)."""
+
+    segments_HW: NDArray[np.int32]
+    keep_SM: NDArray[np.bool_]
+    baseline: Baseline
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.keep_SM)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UniformNoisePlan:
+    """Copy s is the image plus uniform noise in [low, high), drawn per channel entry from the key (float64, then cast).
+
+    The noise of copy s comes from `key.generator(f"noise:{s}")`, so that any worker can redraw a single copy.
+    """
+
+    key: DrawKey
+    num_samples: int
+    low: float
+    high: float
+
+    def noise_CHW(self, sample: int, shape: tuple[int, int, int]) -> NDArray[np.float64]:
+        return self.key.generator(f"noise:{sample}").uniform(self.low, self.high, shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SoftMaskPlan:
+    """Copy s is image * m_s + baseline * (1 - m_s), m_s upsampled bilinearly from a random grid and cropped (RISE).
+
+    `grid_Sgg` holds the low-resolution masks, `shift_S2` the crop's offset (rows, columns) in pixels.
+    """
+
+    grid_Sgg: NDArray[np.float32]
+    shift_S2: NDArray[np.int32]
+    baseline: Baseline
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.grid_Sgg)
+
+
+PerturbationPlan = SubsetPlan | OrderPlan | SuperpixelPlan | UniformNoisePlan | SoftMaskPlan
