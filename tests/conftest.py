@@ -1,0 +1,23 @@
+"""Fixtures: the golden files of the small model, and the development folder beside the checkout where there is one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The development folder beside the checkout (golden numbers on real X-rays, checkpoints, images)."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "golden").is_dir():
+        pytest.skip("needs the development folder ../shared (real X-rays and checkpoints)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_small() -> Path:
+    """Folder of the golden numbers that ship with the tests."""
+    return Path(__file__).parent / "golden"
