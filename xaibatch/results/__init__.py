@@ -1,1 +1,1 @@
-"""placeholder"""
+"""Results: schema, atomic Parquet parts, SQL, statistics, report."""
