@@ -25,7 +25,7 @@ from xaibatch.options import Options, validated
 from xaibatch.perturb.plans import PerturbationPlan, UniformNoisePlan
 from xaibatch.registry import Registry
 from xaibatch.seeding import DrawKey
-from xaibatch.types import MISSING_LABEL, MISSING_MASK
+from xaibatch.types import MISSING_LABEL, MISSING_MASK, MISSING_TWIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class ImageView:
     predicted: int
     logits_K: NDArray[np.float64]
     image_CHW: NDArray[np.floating] | None = None
+    twin_CHW: NDArray[np.floating] | None = None
+    """The lesion-free twin (normalised), where a metric needs it and the image has one; then `image_CHW` is there too."""
     masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     patch_size: int = 16
     """Side of a patch token in pixels, for patch-aligned plans."""
@@ -60,6 +62,20 @@ class ImageView:
         if mask is None or not mask.any():
             raise NotScoredError(MISSING_MASK, f"the image has no {name!r} mask" if mask is None else f"its {name!r} mask is empty")
         return mask
+
+    def image(self) -> NDArray[np.floating]:
+        """The normalised image (C,H,W) of a metric whose `needs` names `image`."""
+        if self.image_CHW is None:
+            raise ValueError(f"image {self.key.image_id!r} came without its pixels, which the metric's `needs` names")
+        return self.image_CHW
+
+    def changed_HW(self) -> NDArray[np.float64]:
+        """Mean absolute difference to the lesion-free twin over channels, (H,W); raises NotScoredError without a twin."""
+        if self.twin_CHW is None or not np.isfinite(self.twin_CHW).all():
+            raise NotScoredError(MISSING_TWIN, "the image has no lesion-free twin")
+        difference = np.abs(np.asarray(self.image(), np.float64) - self.twin_CHW)
+        changed: NDArray[np.float64] = difference.mean(0)
+        return changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +158,18 @@ class Metric(ABC):
     def __init__(self, **options: Any) -> None:
         self.options = validated(self.Options, options, f"metric {self.name!r}")
 
-    def num_forward_passes(self, num_explainers: int) -> int:
+    def num_forward_passes(
+        self, num_explainers: int, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16
+    ) -> int:
         """Forward passes on perturbed copies per image and repeat (explanations of variants not counted)."""
         return 0
+
+    def cost(self, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16) -> str:
+        """The cost per image for people, as `xaibatch list metrics` prints it."""
+        shared, again = (self.num_forward_passes(n, shape_CHW, patch_size) for n in (1, 2))
+        if not shared:
+            return "none"
+        return f"{shared} forward passes{', shared by all explainers' if again == shared else ' per explainer'}"
 
     def cell_key(self) -> str:
         """Metrics of equal key ask for the same plan or variants and share one cell; by default nothing is shared."""
@@ -162,7 +187,8 @@ class MapMetric(Metric):
 class PlanMetric(Metric):
     """Scores the model's outputs on perturbed copies."""
 
-    plan_uses_map: ClassVar[bool] = True
+    plan_uses_map: bool = True
+    """False: one plan serves all explainers. An instance may differ from its class where an option decides."""
 
     @abstractmethod
     def plan(self, view: ImageView) -> PerturbationPlan:

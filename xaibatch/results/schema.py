@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from xaibatch.types import Failure, ImageBatch, Score
+from xaibatch.types import Failure, Score
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
 
@@ -99,23 +99,29 @@ def scores_table(scores: Iterable[Score], *, run: str, images: Mapping[str, Mapp
 
 
 def predictions_table(
-    batch: ImageBatch, logits_BK: np.ndarray, *, run: str, class_names: Sequence[str], paths: Mapping[str, str]
+    *,
+    ids: Sequence[str],
+    labels_B: np.ndarray,
+    patients: Sequence[str | None],
+    logits_BK: np.ndarray,
+    run: str,
+    class_names: Sequence[str],
+    paths: Mapping[str, str],
 ) -> pa.Table:
-    """Rows of `predictions` from float64 logits (B,K)."""
-    shifted = logits_BK - logits_BK.max(1, keepdims=True)
-    probabilities = np.exp(shifted) / np.exp(shifted).sum(1, keepdims=True)
+    """Rows of `predictions` from float64 logits (B,K) and class indices (B,), -1 where the label is unknown."""
+    shifted = np.exp(logits_BK - logits_BK.max(1, keepdims=True)) if len(ids) else logits_BK
     rows = []
-    for b, image_id in enumerate(batch.ids):
-        label, predicted = int(batch.labels_B[b]), int(logits_BK[b].argmax())
+    for b, image_id in enumerate(ids):
+        label, predicted = int(labels_B[b]), int(logits_BK[b].argmax())
         rows.append(
             {
                 "run": run,
                 "image_id": image_id,
-                "patient": batch.patients[b] if batch.patients else None,
+                "patient": patients[b],
                 "label": class_names[label] if label >= 0 else None,
                 "predicted": class_names[predicted],
                 "correct": label == predicted if label >= 0 else None,
-                "probabilities": probabilities[b].tolist(),
+                "probabilities": (shifted[b] / shifted[b].sum()).tolist(),
                 "logits": logits_BK[b].tolist(),
                 "path": paths[image_id],
             }

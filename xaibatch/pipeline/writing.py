@@ -1,0 +1,82 @@
+"""From a shard's explanations and scores to its Parquet parts; written so that the last part written means done."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from xaibatch.maps import token_grid
+from xaibatch.pipeline.cells import MetricGroup
+from xaibatch.pipeline.job import Job, ShardExplanations
+from xaibatch.pipeline.scoring import map_status
+from xaibatch.results import schema
+from xaibatch.types import Score, Shard
+
+
+def write_explanations(job: Job, shard: Shard, explained: ShardExplanations) -> None:
+    """Write the parts of `failures` (if any), `predictions` and, last, `maps`: a shard whose maps exist is explained."""
+    if explained.failures:
+        job.folder.write_part("failures", shard.name, schema.failures_table(explained.failures, run=job.run))
+    job.folder.write_part(
+        "predictions",
+        shard.name,
+        schema.predictions_table(
+            ids=explained.ids,
+            labels_B=explained.labels_B,
+            patients=explained.patients,
+            logits_BK=explained.logits_BK,
+            run=job.run,
+            class_names=job.class_names,
+            paths={record.image_id: record.path for record in shard.records},
+        ),
+    )
+    rows = []
+    for (label, repeat), maps in sorted(explained.maps.items()):
+        for row, image_id in enumerate(explained.ids):
+            missing = (label, repeat, image_id) in explained.missing
+            rows.append(
+                {
+                    "run": job.run,
+                    "image_id": image_id,
+                    "explainer": label,
+                    "repeat": repeat,
+                    "target": job.class_names[int(maps.targets_B[row])],
+                    "granularity": job.granularities[label],
+                    "status": "error" if missing else map_status(maps.maps_Bhw[row]),
+                    "extras": [(name, float(values[row])) for name, values in sorted(maps.extras.items())],
+                    **schema.map_row(_grid(job, maps.maps_Bhw[row], explained.shape_CHW)),
+                }
+            )
+    job.folder.write_part("maps", shard.name, schema.maps_table(rows))
+
+
+def write_scores(
+    job: Job, group: MetricGroup, shard: Shard, explained: ShardExplanations, scores: Sequence[Score]
+) -> None:
+    """Write the group's part of `scores`; every row carries what is known of its image."""
+    images = {
+        image_id: {
+            "patient": explained.patients[row],
+            "label": _name(job, int(explained.labels_B[row])),
+            "predicted": job.class_names[int(explained.logits_BK[row].argmax())],
+        }
+        for row, image_id in enumerate(explained.ids)
+    }
+    targets = {
+        (image_id, label, repeat): job.class_names[int(explained.maps[label, job.map_repeat(label, repeat)].targets_B[row])]
+        for row, image_id in enumerate(explained.ids)
+        for label in job.config.explainers
+        for repeat in range(job.config.repeats)
+    }
+    job.folder.write_part("scores", group.part(shard), schema.scores_table(scores, run=job.run, images=images, targets=targets))
+
+
+def _name(job: Job, label: int) -> str | None:
+    return job.class_names[label] if label >= 0 else None
+
+
+def _grid(job: Job, map_hw: np.ndarray, shape_CHW: tuple[int, int, int]) -> np.ndarray:
+    """The map on the token grid; a map of another size than the image's pixels is already one."""
+    height, width = shape_CHW[1:]
+    if map_hw.shape != (height, width):
+        return np.asarray(map_hw, np.float64)
+    return token_grid(map_hw, (height // job.patch_size, width // job.patch_size))
