@@ -1,0 +1,67 @@
+"""What is settled about the model before a run starts: classes, preprocessing, checksum, speed and precisions."""
+
+import time
+from typing import Any
+
+import torch
+
+from xaibatch.config import RunConfig
+from xaibatch.data.dataset import DataSet
+from xaibatch.data.labels import label_indices
+from xaibatch.models.classifier import Classifier
+from xaibatch.models.load import load_model
+
+CONV_PATCH = 16
+"""Side in pixels of the grid that maps of models without tokens are stored on."""
+
+_RATE_BATCH, _RATE_RUNS = 16, 3
+
+
+def settle_model(config: RunConfig, dataset: DataSet) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load the model once and describe it; the second record says which precision every label uses and why.
+
+    Raises ModelError for a model or checkpoint that does not fit, DataError for labels that the model does not have.
+    """
+    model = load_model(
+        config.model.name,
+        checkpoint=config.model.checkpoint,
+        class_names=config.model.class_names or dataset.class_names or None,
+        pretrained=config.model.pretrained,
+    )
+    label_indices([record.label for record in dataset.records], model.class_names)
+    facts = {
+        "name": config.model.name,
+        "class_names": list(model.class_names),
+        "preprocessing": model.preprocessing.model_dump(mode="json"),
+        "source": model.source,
+        "patch_size": patch_size(model),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "forward_passes_per_second": round(forward_rate(model), 2) if not torch.cuda.is_available() else None,
+    }
+    return facts, settle_precisions(config)
+
+
+def patch_size(model: Classifier) -> int:
+    """Side of a token in pixels; CONV_PATCH for models without a square patch embedding."""
+    size = getattr(getattr(model.backbone, "patch_embed", None), "patch_size", (CONV_PATCH, CONV_PATCH))
+    return int(size[0]) if isinstance(size, tuple | list) and size[0] == size[1] else CONV_PATCH
+
+
+@torch.inference_mode()
+def forward_rate(model: Classifier) -> float:
+    """Images a second through the model on this process's CPU threads (median of a few batches after a warm-up)."""
+    images_BCHW = torch.zeros(_RATE_BATCH, 3, *model.preprocessing.image_size)
+    model(images_BCHW)
+    seconds = []
+    for _ in range(_RATE_RUNS):
+        start = time.perf_counter()
+        model(images_BCHW)
+        seconds.append(time.perf_counter() - start)
+    return _RATE_BATCH / sorted(seconds)[_RATE_RUNS // 2]
+
+
+def settle_precisions(config: RunConfig) -> dict[str, Any]:
+    """The precision of every label; see `xaibatch.pipeline.calibrate` for `auto`."""
+    asked = config.precision.default
+    chosen = "float32" if asked == "auto" else asked
+    return {"asked": asked, "chosen": {label: chosen for label in (*config.explainers, *config.metrics)}}

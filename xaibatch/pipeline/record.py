@@ -1,0 +1,179 @@
+"""The run record (`run.json`): everything needed to say what a run was and to take it up again."""
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xaibatch.config import RunConfig, method_of
+from xaibatch.data.dataset import DataSet
+from xaibatch.data.preprocess import Preprocessing
+from xaibatch.errors import RunFolderError
+from xaibatch.explainers.resolve import resolve_explainer
+from xaibatch.pipeline.cells import build_metrics
+from xaibatch.pipeline.job import Job
+from xaibatch.results.parts import RunFolder
+
+RECORD = "run.json"
+FORMAT = 1
+"""Version of the run folder's layout."""
+
+_PACKAGES = ("xaibatch", "torch", "timm", "numpy", "ray", "quantus", "lime", "scikit-image", "pyarrow", "captum", "zennit")
+
+
+def new_record(config: RunConfig, folder: RunFolder, dataset: DataSet, model: Mapping[str, Any], precisions: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run that is about to start. `model` and `precisions` are what was settled before."""
+    return {
+        "format": FORMAT,
+        "run": folder.name,
+        "status": "running",
+        "created": now(),
+        "digest": config.digest(),
+        "config": config.model_dump(mode="json"),
+        "model": dict(model),
+        "data": describe_data(config, dataset),
+        "explainers": describe_explainers(config),
+        "metrics": describe_metrics(config),
+        "precision": dict(precisions),
+        "versions": versions(),
+        "code": code_state(),
+        "sessions": [],
+    }
+
+
+def job_of(record: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> Job:
+    """The job that a record describes, without loading the model again."""
+    return Job(
+        config=config,
+        folder=folder,
+        class_names=tuple(record["model"]["class_names"]),
+        preprocessing=Preprocessing.model_validate(record["model"]["preprocessing"]),
+        precisions=record["precision"]["chosen"],
+        patch_size=record["model"]["patch_size"],
+        random_explainers=frozenset(label for label, facts in record["explainers"].items() if facts["random"]),
+        granularities={label: facts["granularity"] for label, facts in record["explainers"].items()},
+    )
+
+
+def check_same(record: Mapping[str, Any], config: RunConfig, dataset: DataSet, folder: RunFolder) -> None:
+    """Refuse to go on with another configuration, model or data than the run folder's; say which settings differ."""
+    if record.get("format") != FORMAT:
+        raise RunFolderError(
+            f"{folder.url!r} has the layout {record.get('format')!r}, this version of xaibatch writes {FORMAT}: choose another --output"
+        )
+    differing = differences(RunConfig.model_validate(record["config"]).identity(), config.identity())
+    if differing:
+        shown = "; ".join(f"{key}: {a!r} there, {b!r} now" for key, (a, b) in list(differing.items())[:6])
+        raise RunFolderError(
+            f"the run folder {folder.url!r} belongs to another configuration ({shown}). "
+            "Choose another --output, or use the same settings to take it up again"
+        )
+    if record["data"]["checksum"] != dataset.checksum:
+        raise RunFolderError(
+            f"the data at {dataset.root!r} has changed since the run {folder.url!r} began "
+            f"(index checksum {record['data']['checksum'][:12]} there, {dataset.checksum[:12]} now). Choose another --output"
+        )
+
+
+def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values.
+
+    >>> differences({"x": {"y": 1}, "z": 0}, {"x": {"y": 2}, "z": 0})
+    {'x.y': (1, 2)}
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted({*a, *b}):
+            found |= differences(a.get(key), b.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return {} if a == b else {path: (a, b)}
+
+
+def describe_data(config: RunConfig, dataset: DataSet) -> dict[str, Any]:
+    """What was evaluated: path, counts, checksum of the index."""
+    labels = [record.label for record in dataset.records]
+    patients = {record.patient for record in dataset.records if record.patient is not None}
+    return {
+        "path": config.data.path,
+        "root": dataset.root,
+        "layout": dataset.layout,
+        "split": config.data.split,
+        "limit": config.data.limit,
+        "num_images": len(dataset.records),
+        "num_patients": len(patients) or None,
+        "classes": {name: labels.count(name) for name in sorted({label for label in labels if label is not None})},
+        "num_unlabelled": labels.count(None),
+        "checksum": dataset.checksum,
+        "synthetic": dataset.synthetic,
+    }
+
+
+def describe_explainers(config: RunConfig) -> dict[str, Any]:
+    """Per label: method, options in full, title, paper, sign, granularity, cost."""
+    described = {}
+    for label, options in config.explainers.items():
+        name, keywords = method_of(label, options)
+        explainer = resolve_explainer(name)(**keywords)
+        described[label] = {
+            "method": name,
+            "options": explainer.options.model_dump(mode="json"),
+            "title": explainer.title,
+            "paper": explainer.paper,
+            "signed": explainer.signed,
+            "granularity": explainer.granularity,
+            "random": explainer.random,
+            "segmentation": explainer.segmentation,
+            "cost": explainer.cost(),
+            "needs": explainer.needs,
+            "num_forward_passes": explainer.num_forward_passes(),
+        }
+    return described
+
+
+def describe_metrics(config: RunConfig) -> dict[str, Any]:
+    """Per label: method, options in full, title, paper, direction, bounds, family."""
+    return {
+        label: {
+            "method": method_of(label, config.metrics[label])[0],
+            "options": metric.options.model_dump(mode="json"),
+            "title": metric.title,
+            "paper": metric.paper,
+            "family": metric.family,
+            "higher_is_better": metric.higher_is_better,
+            "bounds": [None if abs(bound) == float("inf") else bound for bound in metric.bounds],
+            "num_forward_passes": metric.num_forward_passes(len(config.explainers)),
+        }
+        for label, metric in build_metrics(config).items()
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what its numbers depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_state() -> dict[str, Any]:
+    """Commit of the checkout this code runs from and whether it has uncommitted changes; empty outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return {}
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
+
+
+def now() -> str:
+    """UTC time, ISO 8601, seconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

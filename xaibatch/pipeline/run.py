@@ -1,0 +1,121 @@
+"""A whole run: configuration in, a run folder with finished Parquet tables out; resumes whatever is missing."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from xaibatch.config import RunConfig
+from xaibatch.data.dataset import DataSet, open_dataset, sample, shards
+from xaibatch.errors import ConfigError, DataError, RunFolderError
+from xaibatch.pipeline.estimate import Estimate, estimate
+from xaibatch.pipeline.facts import settle_model
+from xaibatch.pipeline.job import Job
+from xaibatch.pipeline.record import RECORD, check_same, job_of, new_record, now
+from xaibatch.pipeline.work import CellReport, FailedCell, Progress, ShardWork, pending
+from xaibatch.results.lock import RunLock
+from xaibatch.results.parts import RunFolder
+
+Engine = Callable[[Job, Sequence[ShardWork], Progress], list[FailedCell]]
+"""Does the work: `xaibatch.pipeline.local.run_local` or `xaibatch.cluster.driver.run_on_ray`."""
+
+
+class Watcher(Progress, Protocol):
+    """A Progress that is also told about the run's beginning and end."""
+
+    def start(self, job: Job, expected: Estimate, num_cells_done: int) -> None: ...
+
+    def finish(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """folder, record: where and what; num_cells_run: 0 if everything was there already; failed: cells given up."""
+
+    folder: RunFolder
+    record: dict[str, Any]
+    num_cells_run: int
+    failed: tuple[FailedCell, ...]
+    num_image_failures: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.failed and not self.num_image_failures
+
+
+def evaluate(config: RunConfig, engine: Engine, watcher: Watcher) -> Outcome:
+    """Run or resume an evaluation. Raises UsageError for anything that the user must mend before work can start."""
+    dataset = choose_images(config)
+    folder = RunFolder(config.output or f"runs/{_name(config, dataset)}")
+    folder.create()
+    with RunLock(folder):
+        folder.sweep()
+        record = _open_record(config, folder, dataset)
+        job = job_of(record, config, folder)
+        cut = shards(dataset.records, config.engine.shard_size)
+        work = pending(job, cut)
+        failed: list[FailedCell] = []
+        if work:
+            num_cells = len(cut) * (1 + len(job.groups))
+            expected = estimate(job, work, record)
+            started, clock = now(), time.monotonic()
+            watcher.start(job, expected, num_cells - expected.num_cells)
+            try:
+                failed = engine(job, work, watcher)
+            finally:
+                spent = watcher.finish()
+                record["sessions"].append({"started": started, "seconds": round(time.monotonic() - clock, 2), **spent})
+                folder.write_json(record, RECORD)
+        if not failed and not pending(job, cut) and record["status"] != "finished":
+            record["status"], record["finished"] = "finished", now()
+            folder.write_json(record, RECORD)
+        num_image_failures = folder.read("failures").num_rows
+    return Outcome(
+        folder=folder,
+        record=record,
+        num_cells_run=sum(shard_work.num_cells for shard_work in work) - len(failed),
+        failed=tuple(failed),
+        num_image_failures=num_image_failures,
+    )
+
+
+def choose_images(config: RunConfig) -> DataSet:
+    """Open the data set and take the configured sample; checks what needs no model."""
+    if not config.data.path:
+        raise DataError("no data: give --data a folder with one sub-folder a class, or a CSV/Parquet manifest")
+    for section in ("explainers", "metrics"):
+        if not getattr(config, section):
+            raise ConfigError(f"no {section} are configured: name some with --{section} a,b (xaibatch list {section})")
+    dataset = open_dataset(
+        config.data.path,
+        layout=config.data.layout,
+        split=config.data.split,
+        allow_outside_root=config.data.allow_outside_root,
+    )
+    if config.target == "label" and any(record.label is None for record in dataset.records):
+        raise ConfigError("target is 'label' but some images have no label: use target 'predicted' or label them")
+    return dataset if config.data.limit is None else sample(dataset, config.data.limit, config.seed)
+
+
+def _name(config: RunConfig, dataset: DataSet) -> str:
+    return f"{config.model.name}-{dataset.name}-{config.digest()[:8]}"
+
+
+def _open_record(config: RunConfig, folder: RunFolder, dataset: DataSet) -> dict[str, Any]:
+    """The folder's record after a check that it is the same run, or a new one."""
+    if folder.exists(RECORD):
+        try:
+            record: dict[str, Any] = folder.read_json(RECORD)
+        except ValueError as error:
+            raise RunFolderError(f"{folder.path(RECORD)!r} is not a run record ({error}): choose another --output") from None
+        check_same(record, config, dataset, folder)
+        return record
+    if folder.parts("scores") or folder.parts("maps"):
+        raise RunFolderError(f"{folder.url!r} has results but no {RECORD}: choose another --output")
+    model, precisions = settle_model(config, dataset)
+    record = new_record(config, folder, dataset, model, precisions)
+    folder.write_json(record, RECORD)
+    return record
+
+
+__all__ = ["CellReport", "Engine", "Outcome", "Watcher", "choose_images", "evaluate"]
