@@ -1,0 +1,105 @@
+"""The call for one's own scripts and notebooks: a model and images in, attribution maps out.
+
+Shape letters: B images, C channels, H W pixels, g token-grid side, K classes.
+"""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from xaibatch.errors import UsageError
+from xaibatch.explainers.base import ExplainInput
+from xaibatch.explainers.resolve import resolve_explainer
+from xaibatch.maps import token_grid
+from xaibatch.perturb.runner import PlanRunner
+from xaibatch.seeding import DrawKey
+
+Resolution = Literal["token", "native"]
+
+
+def explain(
+    model: nn.Module,
+    images_BCHW: Tensor,
+    explainer: str,
+    targets: int | Sequence[int] | Tensor | None = None,
+    *,
+    seed: int = 0,
+    image_ids: Sequence[str] | None = None,
+    batch_size: int = 8,
+    resolution: Resolution = "token",
+    **options: Any,
+) -> Tensor:
+    """Return attribution maps (B,g,g) on the model's token grid, in the images' dtype, on their device.
+
+    model: from `xaibatch.load_model`, or any timm classifier (images -> logits); left as it is, also its mode.
+    images_BCHW: normalised as the model expects; float64 images compute in float64 (on a float64 copy of the model).
+    explainer: a name of `xaibatch list explainers`, `captum:<Class>`, `zennit:<composite>` or `package.module:function`.
+    targets: class to explain, one for all or one per image; None: the class predicted for each image.
+    seed, image_ids: random explainers key their draws by them; without ids an image is identified by its content, so that
+        a map depends neither on the batch nor on the order.
+    resolution: `native` returns the explainer's own granularity instead, (B,H,W) for pixel and segment explainers.
+    options: the explainer's own options, e.g. `num_samples=200`.
+
+    A positive value raises the target's logit; whether negative values occur is the explainer's `signed`. Maps that are all
+    zero or hold NaN are returned as they are. Raises UnknownNameError, ConfigError for wrong names and options, ModelError
+    for a model that the explainer cannot read.
+    """
+    if images_BCHW.ndim != 4:
+        raise UsageError(f"images must be (B,C,H,W), received shape {tuple(images_BCHW.shape)}")
+    method = resolve_explainer(explainer)(**options)
+    model = _ready(model, images_BCHW)
+    runner = PlanRunner(model=model, batch_size=32)
+    targets_B = _targets(targets, images_BCHW, runner)
+    ids = list(image_ids) if image_ids is not None else [_content_id(image) for image in images_BCHW]
+    maps = []
+    for rows in torch.arange(len(images_BCHW)).split(batch_size):
+        chunk_BCHW = images_BCHW[rows[0] : rows[-1] + 1]
+        inputs = ExplainInput(
+            model=model,
+            images_BCHW=chunk_BCHW,
+            targets_B=targets_B[rows[0] : rows[-1] + 1],
+            keys=tuple(DrawKey(seed=seed, image_id=ids[row]) for row in rows.tolist()),
+            run_plans=lambda requests, images_BCHW=chunk_BCHW: runner.run(images_BCHW, requests),
+        )
+        maps.append(method.explain(inputs).maps_Bhw.detach())
+    maps_Bhw = torch.cat(maps)
+    if resolution == "native" or maps_Bhw.shape[1:] != images_BCHW.shape[2:]:
+        return maps_Bhw
+    side = _patch_size(model)
+    height, width = images_BCHW.shape[2:]
+    grids = [token_grid(map_HW.cpu().numpy(), (height // side, width // side)) for map_HW in maps_Bhw]
+    return torch.stack([torch.as_tensor(grid) for grid in grids]).to(maps_Bhw)
+
+
+def _ready(model: nn.Module, images_BCHW: Tensor) -> nn.Module:
+    """The model itself where dtype, device and mode fit, else a copy that does."""
+    parameter = next(model.parameters())
+    if parameter.dtype == images_BCHW.dtype and parameter.device == images_BCHW.device and not model.training:
+        return model
+    return copy.deepcopy(model).to(dtype=images_BCHW.dtype, device=images_BCHW.device).eval()
+
+
+def _targets(targets: int | Sequence[int] | Tensor | None, images_BCHW: Tensor, runner: PlanRunner) -> Tensor:
+    num_images = len(images_BCHW)
+    if targets is None:
+        return runner.forward(images_BCHW).argmax(1).to(torch.int64)
+    targets_B = torch.as_tensor(targets, dtype=torch.int64, device=images_BCHW.device)
+    targets_B = targets_B.expand(num_images) if targets_B.ndim == 0 else targets_B
+    if targets_B.shape != (num_images,):
+        raise UsageError(f"targets must be one class or {num_images} (one per image), received shape {tuple(targets_B.shape)}")
+    return targets_B
+
+
+def _content_id(image_CHW: Tensor) -> str:
+    """SHA-256 of the pixels in float32, so that float32 and float64 runs of one image draw the same numbers."""
+    return hashlib.sha256(image_CHW.detach().cpu().to(torch.float32).numpy().tobytes()).hexdigest()
+
+
+def _patch_size(model: nn.Module) -> int:
+    from xaibatch.pipeline.facts import patch_size
+
+    return patch_size(model)

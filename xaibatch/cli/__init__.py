@@ -1,0 +1,32 @@
+"""The command line: `xaibatch evaluate | explain | query | report | list | ...`; user errors print in one line, exit code 2."""
+
+import sys
+
+import typer
+
+from xaibatch.cli import evaluate, explain, listing, results, sets
+from xaibatch.errors import XaibatchError
+
+app = typer.Typer(
+    name="xaibatch",
+    help="Which explanation of this Vision Transformer can I trust, and is the difference real?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for module in (evaluate, explain, results, sets, listing):
+    module.add_to(app)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    run_app(app, args)
+
+
+def run_app(command: typer.Typer, args: list[str] | None = None) -> None:
+    """Run a typer application; XaibatchError becomes one line on standard error and exit code 2."""
+    try:
+        command(args)
+    except XaibatchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

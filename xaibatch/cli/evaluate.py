@@ -1,0 +1,147 @@
+"""`xaibatch evaluate`: flags in, a run in the folder, the study's table on the screen; exit code 1 if anything failed."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from xaibatch.config import RunConfig, load_config, parse_setting, select
+from xaibatch.errors import ConfigError, UsageError
+
+Option = typer.Option
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("evaluate")(evaluate)
+
+
+def evaluate(
+    model: Annotated[str | None, Option(help="timm model name, e.g. vit_tiny_patch16_224")] = None,
+    checkpoint: Annotated[str | None, Option(help="local path or URL of .safetensors or weights-only .pth")] = None,
+    data: Annotated[str | None, Option(help="folder with one sub-folder a class, or a CSV/Parquet manifest; any URL")] = None,
+    layout: Annotated[str | None, Option(help="layout of --data where it is not found out: see jobs/README.md")] = None,
+    split: Annotated[str | None, Option(help="only this split of a manifest")] = None,
+    limit: Annotated[int | None, Option(min=1, help="seeded, class-balanced sample of this many images")] = None,
+    output: Annotated[str | None, Option("--output", "-o", help="run folder, local or any URL; the same again resumes")] = None,
+    config: Annotated[str | None, Option("--config", "-c", help="default, paper, or a YAML file")] = None,
+    explainers: Annotated[str | None, Option(help="comma-separated labels (xaibatch list explainers)")] = None,
+    metrics: Annotated[str | None, Option(help="comma-separated labels (xaibatch list metrics)")] = None,
+    set_: Annotated[list[str] | None, Option("--set", help="any key of the configuration: explainers.lime.num_samples=200")] = None,
+    target: Annotated[str | None, Option(help="explained class: predicted or label")] = None,
+    repeats: Annotated[int | None, Option(min=1, help="independent repetitions of every random draw")] = None,
+    seed: Annotated[int | None, Option(help="seed of every random draw")] = None,
+    precision: Annotated[str | None, Option(help="auto, float32, float64 or bfloat16")] = None,
+    address: Annotated[str | None, Option(help="Ray cluster to join, e.g. auto or ray://host:10001")] = None,
+    replicas: Annotated[int | None, Option(min=1, help="model replicas")] = None,
+    gpus_per_replica: Annotated[float | None, Option(help="whole GPUs or a fraction that a replica reserves")] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="perturbed copies in one forward pass")] = None,
+    shard_size: Annotated[int | None, Option(min=1, help="images a shard")] = None,
+    no_ray: Annotated[bool, Option("--no-ray", help="run in this process, one shard after another")] = False,
+    estimate_only: Annotated[bool, Option("--estimate", help="say what the run would cost and stop")] = False,
+    report: Annotated[bool, Option(help="write the HTML report at the end")] = True,
+) -> None:
+    """Explain a ViT's predictions, score every explanation, and leave the table, the report and Parquet."""
+    flags = {
+        "model.name": model,
+        "model.checkpoint": checkpoint,
+        "data.path": data,
+        "data.layout": layout,
+        "data.split": split,
+        "data.limit": limit,
+        "output": output,
+        "target": target,
+        "repeats": repeats,
+        "seed": seed,
+        "precision.default": precision,
+        "engine.address": address,
+        "engine.replicas": replicas,
+        "engine.gpus_per_replica": gpus_per_replica,
+        "engine.batch_size": batch_size,
+        "engine.shard_size": shard_size,
+    }
+    settings = dict(parse_setting(text) for text in set_ or [])
+    settings |= {key: value for key, value in flags.items() if value is not None}
+    first_run = data is None and "data.path" not in settings and config is None and model is None
+    preset = "first" if first_run else config or "default"
+    run_config = load_config(config_path(preset), settings)
+    run_config = select(run_config, explainers=_names(explainers), metrics=_names(metrics))
+    raise SystemExit(run(run_config, no_ray=no_ray, estimate_only=estimate_only, write_report=report))
+
+
+def run(config: RunConfig, *, no_ray: bool, estimate_only: bool, write_report: bool) -> int:
+    """Run, print the table, write the report; returns the exit code."""
+    from xaibatch.pipeline.progress import ProgressWatcher
+    from xaibatch.pipeline.run import evaluate as evaluate_run
+    from xaibatch.pipeline.run import preview
+
+    if estimate_only:
+        print(preview(config))
+        return 0
+    outcome = evaluate_run(config, _engine(no_ray), ProgressWatcher())
+    return finish(outcome, write_report=write_report)
+
+
+def finish(outcome: Any, *, write_report: bool) -> int:
+    """What a person sees at the end: what was done, the table, what failed, where everything is."""
+    from rich.console import Console
+
+    from xaibatch.results.frames import open_run
+    from xaibatch.results.summary import print_summary
+
+    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+    url = outcome.folder.url
+    if outcome.num_cells_run == 0 and not outcome.failed:
+        console.print(f"everything is done: nothing to run in {url}", highlight=False)
+    finished = open_run(url)
+    print_summary(finished, console)
+    if outcome.num_image_failures:
+        console.print(f"{outcome.num_image_failures} failures: xaibatch query {url} \"SELECT * FROM failures\"", highlight=False)
+    for cell in outcome.failed[:10]:
+        console.print(f"given up: {cell.shard} {cell.stage}: {cell.error}", highlight=False, markup=False)
+    if len(outcome.failed) > 10:
+        console.print(f"... and {len(outcome.failed) - 10} more cells given up")
+    if write_report and not outcome.failed and finished.scores.arrow().num_rows:
+        from xaibatch.results.report import write_report as write
+
+        if outcome.num_cells_run or not outcome.folder.exists("report.html"):
+            write(url)
+        console.print(f"report: {outcome.folder.path('report.html')}", highlight=False, markup=False)
+    console.print(f"results: {url}  (xaibatch query {url} \"SELECT ... FROM scores\")", highlight=False, markup=False)
+    return 0 if outcome.ok else 1
+
+
+def config_path(name: str) -> Path:
+    """A YAML file by path, or a named one that ships with the project (`default`, `paper`, ...)."""
+    if Path(name).is_file():
+        return Path(name)
+    known = sorted(path.stem for path in _presets().glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"no configuration {name!r}: give a YAML file or one of {', '.join(known)}")
+    return _presets() / f"{name}.yaml"
+
+
+def _presets() -> Path:
+    """`jobs/` of the checkout, or the copy inside an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parent / "jobs"
+    return checkout if (checkout / "default.yaml").is_file() else package / "presets"
+
+
+def _names(text: str | None) -> list[str]:
+    """Comma-separated names; commas inside a quoted name do not occur."""
+    return [name.strip() for name in text.split(",") if name.strip()] if text else []
+
+
+def _engine(no_ray: bool) -> Any:
+    from xaibatch.pipeline.local import run_local
+
+    if no_ray:
+        return run_local
+    try:
+        from xaibatch.cluster.driver import run_on_ray
+    except ImportError as error:
+        if error.name != "ray":
+            raise
+        raise UsageError("ray is not installed: pip install 'ray[default]', or run in this process with --no-ray") from None
+    return run_on_ray

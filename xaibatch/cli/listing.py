@@ -1,0 +1,58 @@
+"""`xaibatch list explainers | metrics | configs`: what there is, from what each method says of itself."""
+
+from enum import StrEnum
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+class What(StrEnum):
+    """What can be listed."""
+
+    explainers = "explainers"
+    metrics = "metrics"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("list")(list_)
+
+
+def list_(what: What) -> None:
+    """Name, paper, direction or sign, cost in forward passes, and what each method needs."""
+    table = _explainers() if what == What.explainers else _metrics()
+    console = Console()
+    Console(width=console.width if console.is_terminal else 220).print(table)
+
+
+def _explainers() -> Table:
+    import xaibatch.explainers
+    from xaibatch.explainers.base import EXPLAINERS
+
+    table = Table("name", "title", "paper", "sign", "granularity", "cost per image", "needs", title="explainers")
+    needs = {"vit": "plain timm ViT", "gradients": "gradients", "any": "any timm classifier"}
+    for name in EXPLAINERS:
+        explainer = EXPLAINERS[name]()
+        sign = "signed" if explainer.signed else "positive"
+        table.add_row(name, explainer.title, explainer.paper, sign, explainer.granularity, explainer.cost(), needs[explainer.needs])
+    table.caption = (
+        "also: captum:<Class> (Captum attributions), zennit:<composite> (convolutional models), package.module:function, "
+        f"entry points of the group xaibatch.explainers ({xaibatch.explainers.__name__})"
+    )
+    return table
+
+
+def _metrics() -> Table:
+    import xaibatch.metrics  # noqa: F401  registers the built-in metrics
+    from xaibatch.metrics.base import METRICS
+
+    table = Table("name", "title", "paper", "better", "range", "forward passes", "needs", title="metrics")
+    for name in METRICS:
+        metric = METRICS[name]()
+        direction = {True: "higher ↑", False: "lower ↓", None: "-"}[metric.higher_is_better]
+        low, high = (f"{bound:g}" for bound in metric.bounds)
+        table.add_row(
+            name, metric.title, metric.paper, direction, f"{low} .. {high}", metric.cost(), ", ".join(sorted(metric.needs)) or "map"
+        )
+    table.caption = "also: quantus:<Class> with its keyword arguments (stock Quantus), package.module:Class, entry points of the group xaibatch.metrics"
+    return table
