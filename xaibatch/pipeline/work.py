@@ -1,0 +1,118 @@
+"""What the engines share: which cells are still to be done, the report of a finished cell, and who is told of it; no torch."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from xaibatch.pipeline.cells import MetricGroup
+from xaibatch.pipeline.job import Job, ShardExplanations
+from xaibatch.types import ImageBatch, Shard
+
+EXPLAIN = "explain"
+"""Name of the stage that predicts and explains; every other stage is a metric group's name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardWork:
+    """What is still to be done for one shard: its explanations' parts, and the metric groups without a part."""
+
+    shard: Shard
+    explain: bool
+    groups: tuple[MetricGroup, ...]
+
+    @property
+    def num_cells(self) -> int:
+        return int(self.explain) + len(self.groups)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The names of the cells, `explain` first."""
+        return ((EXPLAIN,) if self.explain else ()) + tuple(group.name for group in self.groups)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellReport:
+    """One finished cell: where its seconds went (`segmentation`, `model`, `plan`, `score`, `write`), and how many images
+    went through the model for it."""
+
+    shard: str
+    stage: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    num_forward_passes: int = 0
+    num_images: int = 0
+    num_failures: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailedCell:
+    """A cell that failed in every attempt."""
+
+    shard: str
+    stage: str
+    error: str
+
+
+class Progress(Protocol):
+    """Told about cells as they end; draws the live view, the plain lines and the progress JSON."""
+
+    def done(self, report: CellReport) -> None: ...
+
+    def failed(self, cell: FailedCell) -> None: ...
+
+    def replicas(self, num: int) -> None:
+        """How many replicas are ready from now on."""
+
+
+def pending(job: Job, shards: Sequence[Shard]) -> list[ShardWork]:
+    """The cells whose part does not exist yet, by shard (from one listing of each table)."""
+    explained, scored = set(job.folder.parts("maps")), set(job.folder.parts("scores"))
+    work = (
+        ShardWork(
+            shard=shard,
+            explain=shard.name not in explained,
+            groups=tuple(group for group in job.groups if group.part(shard) not in scored),
+        )
+        for shard in shards
+    )
+    return [shard_work for shard_work in work if shard_work.num_cells]
+
+
+def pixels_for(job: Job, group: MetricGroup, read: Callable[[], ImageBatch]) -> ImageBatch | None:
+    """The shard's pixels, masks and twins, read only where a metric of the group needs them."""
+    needs = {need for label in group.metrics for need in job.metrics[label].needs}
+    return read() if needs & {"image", "mask", "twin"} else None
+
+
+class Stopwatch:
+    """Seconds and forward passes of one cell. `passes` reads a running count of forward passes, where there is a model."""
+
+    def __init__(self, passes: Callable[[], int] | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._read = passes or (lambda: 0)
+        self._start = self._read()
+
+    @property
+    def num_forward_passes(self) -> int:
+        """Since this stopwatch was made."""
+        return self._read() - self._start
+
+    @contextmanager
+    def measure(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    def report(self, shard: Shard, stage: str, explained: ShardExplanations) -> CellReport:
+        """The report of the cell that this stopwatch was started for."""
+        return CellReport(
+            shard=shard.name,
+            stage=stage,
+            seconds=self.seconds,
+            num_forward_passes=self.num_forward_passes,
+            num_images=len(explained.ids) if stage == EXPLAIN else 0,
+            num_failures=len(explained.failures) if stage == EXPLAIN else 0,
+        )
