@@ -65,8 +65,8 @@ class Job:
         """Read and preprocess a shard's images (masks and twins only where a metric needs them)."""
         return load_shard(
             shard,
-            preprocessing=self.preprocessing,
-            class_names=self.class_names,
+            self.preprocessing,
+            self.class_names,
             with_masks=self.needs("mask"),
             with_twins=self.needs("twin"),
             dtype=self.dtype,

@@ -16,7 +16,7 @@ from xaibatch.types import Shard
 
 
 def run_local(job: Job, work: Sequence[ShardWork], progress: Progress, *, device: str = "cpu") -> list[FailedCell]:
-    """Do the work in this process, one shard after another; returns the cells that failed (nothing is raised for them)."""
+    """Do the work in this process, one shard after another; returns the cells that failed (they raise nothing)."""
     session = Session(job, device=device)
     progress.replicas(1)
     failed: list[FailedCell] = []

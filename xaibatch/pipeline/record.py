@@ -104,10 +104,13 @@ def describe_data(config: RunConfig, dataset: DataSet) -> dict[str, Any]:
         "limit": config.data.limit,
         "num_images": len(dataset.records),
         "num_patients": len(patients) or None,
-        "classes": {name: labels.count(name) for name in sorted({label for label in labels if label is not None})},
+        "classes": dict(dataset.num_images_per_class),
         "num_unlabelled": labels.count(None),
         "checksum": dataset.checksum,
-        "synthetic": dataset.synthetic,
+        "checksum_of": dataset.checksum_of,
+        "patients_from": dataset.patients_from,
+        "notes": list(dataset.notes),
+        "synthetic": any("synthetic" in note for note in dataset.notes),
     }
 
 

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from xaibatch.config import RunConfig
-from xaibatch.data.dataset import DataSet, open_dataset, sample, shards
+from xaibatch.data.dataset import DataSet, open_dataset
+from xaibatch.data.sampling import sample, shards
 from xaibatch.errors import ConfigError, DataError, RunFolderError
 from xaibatch.pipeline.estimate import Estimate, estimate
 from xaibatch.pipeline.facts import settle_model
@@ -79,6 +81,16 @@ def evaluate(config: RunConfig, engine: Engine, watcher: Watcher) -> Outcome:
     )
 
 
+def preview(config: RunConfig) -> Estimate:
+    """What the whole run would cost, without writing anything."""
+    dataset = choose_images(config)
+    folder = RunFolder(config.output or f"runs/{_name(config, dataset)}")
+    model, precisions = settle_model(config, dataset)
+    record = new_record(config, folder, dataset, model, precisions)
+    job = job_of(record, config, folder)
+    return estimate(job, pending(job, shards(dataset.records, config.engine.shard_size)), record)
+
+
 def choose_images(config: RunConfig) -> DataSet:
     """Open the data set and take the configured sample; checks what needs no model."""
     if not config.data.path:
@@ -94,11 +106,12 @@ def choose_images(config: RunConfig) -> DataSet:
     )
     if config.target == "label" and any(record.label is None for record in dataset.records):
         raise ConfigError("target is 'label' but some images have no label: use target 'predicted' or label them")
-    return dataset if config.data.limit is None else sample(dataset, config.data.limit, config.seed)
+    return sample(dataset, config.data.limit, config.seed)
 
 
 def _name(config: RunConfig, dataset: DataSet) -> str:
-    return f"{config.model.name}-{dataset.name}-{config.digest()[:8]}"
+    place = Path(dataset.root)
+    return f"{config.model.name}-{place.stem if place.suffix else place.name}-{config.digest()[:8]}"
 
 
 def _open_record(config: RunConfig, folder: RunFolder, dataset: DataSet) -> dict[str, Any]:

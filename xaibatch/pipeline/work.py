@@ -1,4 +1,4 @@
-"""What the engines share: which cells are still to be done, the report of a finished cell, and who is told of it; no torch."""
+"""What both engines share: which cells are still to be done, a finished cell's report, and who is told of it; no torch."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +34,8 @@ class ShardWork:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellReport:
-    """One finished cell: where its seconds went (`segmentation`, `model`, `plan`, `score`, `write`), and how many images
-    went through the model for it."""
+    """One finished cell: where its seconds went (`segmentation`, `model`, `plan`, `score`, `write`), and how many
+    images went through the model for it."""
 
     shard: str
     stage: str
@@ -86,7 +86,7 @@ def pixels_for(job: Job, group: MetricGroup, read: Callable[[], ImageBatch]) -> 
 
 
 class Stopwatch:
-    """Seconds and forward passes of one cell. `passes` reads a running count of forward passes, where there is a model."""
+    """Seconds and forward passes of one cell. `passes` reads a running count of them, where there is a model."""
 
     def __init__(self, passes: Callable[[], int] | None = None) -> None:
         self.seconds: dict[str, float] = {}

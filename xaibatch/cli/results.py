@@ -1,0 +1,105 @@
+"""Commands on finished runs: `query`, `report`, `summary`, `compact`, `compare`, `export`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+Argument = typer.Argument
+Option = typer.Option
+
+Run = Annotated[str, Argument(help="run folder, local or any URL")]
+
+
+class Format(StrEnum):
+    """How `query` prints."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (query, summary, report, compact, compare, export):
+        app.command(command.__name__)(command)
+
+
+def query(
+    runs: Annotated[list[str], Argument(help="one or more run folders, then the SQL")],
+    format_: Annotated[Format, Option("--format", help="table, csv or json (one object a line)")] = Format.table,
+    max_rows: Annotated[int, Option(help="rows that the table shows")] = 100,
+) -> None:
+    """Run SQL on the views scores, predictions, maps and failures of one or several runs (read-only).
+
+    xaibatch query runs/first "SELECT explainer, metric, avg(score) FROM scores GROUP BY ALL"
+    """
+    from xaibatch.errors import UsageError
+    from xaibatch.results.query import query as run_query
+
+    if len(runs) < 2:
+        raise UsageError('give a run folder and the SQL: xaibatch query RUN "SELECT ... FROM scores"')
+    found = run_query(runs[:-1], runs[-1])
+    if format_ == Format.table:
+        _print_table(found, max_rows)
+    elif format_ == Format.csv:
+        print(found.to_pandas().to_csv(index=False), end="")
+    else:
+        print(found.to_pandas().to_json(orient="records", lines=True), end="")
+
+
+def _print_table(found: object, max_rows: int) -> None:
+    import pyarrow as pa
+    from rich.table import Table
+
+    assert isinstance(found, pa.Table)
+    console = Console()
+    table = Table(*found.column_names)
+    for row in found.slice(0, max_rows).to_pylist():
+        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value) for value in row.values()))
+    Console(width=console.width if console.is_terminal else 240).print(table)
+    if found.num_rows > max_rows:
+        console.print(f"{max_rows} of {found.num_rows} rows shown (--max-rows, --format csv)")
+
+
+def summary(run: Run) -> None:
+    """Print the run's table again: explainer x metric, overall and by class, with intervals and marks."""
+    from xaibatch.results.frames import open_run
+    from xaibatch.results.summary import print_summary
+
+    console = Console()
+    print_summary(open_run(run), Console(width=console.width if console.is_terminal else 200))
+
+
+def report(run: Run, output: Annotated[Path | None, Option("--output", "-o", help="HTML file (default: in the run folder)")] = None) -> None:
+    """Write one self-contained HTML file: settings, table, statistics, the figure, and a browser for all images."""
+    from xaibatch.results.report import write_report
+
+    print(write_report(run, output))
+
+
+def compact(run: Run) -> None:
+    """Merge the many small parts of a finished run into a few large ones; safe to interrupt and to repeat."""
+    from xaibatch.results.compact import compact as compact_run
+
+    print(compact_run(run))
+
+
+def compare(run_a: Run, run_b: Run) -> None:
+    """Compare two runs image by image (two checkpoints, two versions): differing settings first, then paired differences."""
+    from xaibatch.results.compare import print_comparison
+
+    console = Console()
+    print_comparison(run_a, run_b, Console(width=console.width if console.is_terminal else 200))
+
+
+def export(
+    run: Run,
+    output: Annotated[Path, Option("--output", "-o", help="folder for CSV, LaTeX, Parquet, PDF and PNG")] = Path("export"),
+) -> None:
+    """Write the tables as CSV, LaTeX (booktabs) and Parquet, and the figures as PDF and PNG."""
+    from xaibatch.results.export import export as export_run
+
+    for path in export_run(run, output):
+        print(path)
