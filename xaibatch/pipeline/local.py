@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 
-from xaibatch.metrics.quantus_adapter import score_adapter
+from xaibatch.pipeline.adapter import score_adapter
 from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import GroupPlan, Job, ShardExplanations
 from xaibatch.pipeline.scoring import plan_group, score_group

@@ -4,6 +4,7 @@ A part is written to a temporary name under `.staging` beside the tables, fsynce
 store it is one PUT of the finished bytes. So whatever bears a part's name is whole, and writing it twice changes nothing.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -82,6 +83,27 @@ class RunFolder:
                 os.unlink(temporary)
             raise
 
+    def create_file(self, content: bytes, *parts: str) -> bool:
+        """Write a whole file that does not exist yet; False where it does (exactly one of several callers gets True on a
+        local folder and on stores with conditional writes)."""
+        target = self.path(*parts)
+        if self._local:
+            return _create_local(content, target, self.path(STAGING))
+        try:
+            self._fs.pipe_file(target, content, mode="create")
+        except FileExistsError:
+            return False
+        except (TypeError, ValueError, NotImplementedError):  # a store without conditional writes
+            self._fs.invalidate_cache()
+            if self._fs.exists(target):
+                return False
+            self._fs.pipe_file(target, content)
+        return True
+
+    def remove(self, *parts: str) -> None:
+        """Remove a file; raises FileNotFoundError where there is none."""
+        self._fs.rm_file(self.path(*parts))
+
     def read_bytes(self, *parts: str) -> bytes:
         content: bytes = self._fs.cat_file(self.path(*parts))
         return content
@@ -141,6 +163,22 @@ class RunFolder:
                 yield name, path, "truncated or not Parquet"
             else:
                 yield name.removesuffix(".parquet"), path, ""
+
+
+def _create_local(content: bytes, target: str, staging: str) -> bool:
+    """Link a finished temporary file to its name, which fails where the name is taken."""
+    os.makedirs(staging, exist_ok=True)
+    temporary = posixpath.join(staging, uuid.uuid4().hex)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return True
 
 
 def _whole(path: str) -> bool:
