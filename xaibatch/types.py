@@ -19,9 +19,10 @@ ZERO_DENOMINATOR: Final = "zero_denominator"
 MISSING_MASK: Final = "missing_mask"
 CHANGED_PREDICTION: Final = "changed_prediction"
 MISSING_LABEL: Final = "missing_label"
+MISSING_TWIN: Final = "missing_twin"
 ERROR: Final = "error"
 STATUSES: Final = (
-    OK, ALL_ZERO_MAP, NAN_MAP, ZERO_DENOMINATOR, MISSING_MASK, CHANGED_PREDICTION, MISSING_LABEL, ERROR,
+    OK, ALL_ZERO_MAP, NAN_MAP, ZERO_DENOMINATOR, MISSING_MASK, CHANGED_PREDICTION, MISSING_LABEL, MISSING_TWIN, ERROR,
 )  # fmt: skip
 """Every status a row of `scores` may carry; all but `ok` come with a null score and a reason."""
 

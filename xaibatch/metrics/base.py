@@ -60,7 +60,9 @@ class ImageView:
         """The named mask, bool (H,W); raises NotScoredError if the image has none or an empty one."""
         mask = self.masks.get(name)
         if mask is None or not mask.any():
-            raise NotScoredError(MISSING_MASK, f"the image has no {name!r} mask" if mask is None else f"its {name!r} mask is empty")
+            raise NotScoredError(
+                MISSING_MASK, f"the image has no {name!r} mask" if mask is None else f"its {name!r} mask is empty"
+            )
         return mask
 
     def image(self) -> NDArray[np.floating]:
@@ -150,8 +152,8 @@ class Metric(ABC):
     paper: ClassVar[str]
     higher_is_better: ClassVar[bool | None]
     bounds: ClassVar[tuple[float, float]]
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Any of `image`, `mask`, `label`, `twin`."""
+    needs: frozenset[str] = frozenset()
+    """Any of `image`, `mask`, `label`, `twin`. An instance may need more than its class where an option decides."""
 
     Options: ClassVar[type[Options]] = Options
 
@@ -205,6 +207,13 @@ class VariantMetric(Metric):
     @abstractmethod
     def variants(self, view: ImageView) -> tuple[Variant, ...]:
         """Which variants to explain (with every explainer)."""
+
+    @abstractmethod
+    def num_variants(self) -> int:
+        """How many explanations per image, repeat and explainer the variants are, for the estimate before a run."""
+
+    def cost(self, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16) -> str:
+        return f"{self.num_variants()} explanations per explainer"
 
     @abstractmethod
     def score(self, view: MapView, answers: tuple[VariantView, ...]) -> float:

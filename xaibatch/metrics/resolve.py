@@ -1,0 +1,50 @@
+"""A metric's name in, its class out: built-in names, `quantus:<Name>`, entry points, `package.module:Class`."""
+
+import importlib
+from importlib.metadata import entry_points
+
+from xaibatch.errors import ConfigError, UnknownNameError
+from xaibatch.metrics.base import METRICS, Metric
+
+ENTRY_POINTS = "xaibatch.metrics"
+"""Group of entry points through which an installed package offers metrics by name."""
+
+QUANTUS_PREFIX = "quantus:"
+
+
+def resolve_metric(name: str) -> type[Metric]:
+    """Return the class that makes the metric `name` from its options.
+
+    `quantus:<Name>` names a Quantus class (`quantus:FaithfulnessCorrelation`); Quantus itself is imported when the metric
+    is scored. `sufficiency` means `quantus:Sufficiency`: it compares the images of one call with each other, so it has no
+    value for one image alone. Raises UnknownNameError with the nearest known name, ConfigError for a `module:Class` that
+    cannot be imported or is no metric.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    if name == "sufficiency":
+        name = f"{QUANTUS_PREFIX}Sufficiency"
+    if name.startswith(QUANTUS_PREFIX):
+        from xaibatch.metrics.quantus_adapter import quantus_metric
+
+        return quantus_metric(name.removeprefix(QUANTUS_PREFIX))
+    offered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name in offered:
+        return _checked(offered[name].load(), name)
+    if ":" in name:
+        return _imported(name)
+    raise UnknownNameError("metric", name, [*METRICS, *offered, "sufficiency", f"{QUANTUS_PREFIX}<Name>"])
+
+
+def _imported(name: str) -> type[Metric]:
+    module, _, attribute = name.partition(":")
+    try:
+        return _checked(getattr(importlib.import_module(module), attribute), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"metric {name!r} cannot be imported: {error}") from None
+
+
+def _checked(item: object, name: str) -> type[Metric]:
+    if isinstance(item, type) and issubclass(item, Metric):
+        return item
+    raise ConfigError(f"metric {name!r} is {item!r}, expected a subclass of xaibatch.metrics.base.Metric")
