@@ -1,1 +1,2 @@
-"""placeholder"""
+"""Data sets in, sharded and preprocessed batches out: readers, decoding, preprocessing; NumPy and Pillow, never
+torch."""

@@ -1,1 +1,1 @@
-"""placeholder"""
+"""Classifiers and how they are read: loading, the recorded forward and backward, re-initialised weights, training."""

@@ -1,0 +1,158 @@
+"""A path in, one frozen, sorted and checksummed `DataSet` out, whatever the layout of the files."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from xaibatch.data.folder import read_folder
+from xaibatch.data.index import Index, split_name
+from xaibatch.data.manifest import MANIFEST_NAMES, NEEDED, read_manifest
+from xaibatch.data.storage import absolute, is_file, is_folder, join, read_bytes
+from xaibatch.data.table import is_table, read_table
+from xaibatch.errors import DataError, UnknownNameError
+from xaibatch.types import ImageRecord
+
+Layout = Literal["folder", "manifest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """The index of a data set.
+
+    records:       sorted by image id, each id once; paths are full paths or URLs.
+    root:          what was opened, as a full path or URL.
+    layout:        how it was read: one of `Layout`.
+    class_names:   the labels found, sorted; empty for an unlabelled set.
+    checksum:      SHA-256 (hex) over what `checksum_of` names; does not depend on where the set lies.
+    patients_from: what patients were read from; None where they are unknown.
+    notes:         what the user should know about how the set was read, one sentence each.
+    """
+
+    records: tuple[ImageRecord, ...]
+    root: str
+    layout: str
+    class_names: tuple[str, ...]
+    checksum: str
+    checksum_of: str
+    patients_from: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def num_images_per_class(self) -> Mapping[str, int]:
+        """Images by label, in the order of `class_names`; images without label are not counted."""
+        counts = Counter(record.label for record in self.records)
+        return {name: counts[name] for name in self.class_names}
+
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        """Names of the masks that at least one image has, sorted."""
+        return tuple(sorted({name for record in self.records for name in record.masks}))
+
+    @property
+    def has_twins(self) -> bool:
+        return any(record.twin is not None for record in self.records)
+
+
+def open_dataset(
+    path: str,
+    *,
+    layout: str = "auto",
+    split: str | None = None,
+    allow_outside_root: bool = False,
+    contents: bool = False,
+) -> DataSet:
+    """Open a folder, a manifest or a known public data set; local or any fsspec URL.
+
+    `layout`: `auto` looks at the files. `split` keeps one split (`train`, `val`, `test`, ...). `allow_outside_root`:
+    a manifest may name files outside its own folder. `contents`: the checksum reads every file, instead of trusting
+    sizes. Raises DataError for a path that does not exist, no images, an empty class folder, a missing column, ids
+    that come twice, an unknown split; UnknownNameError for an unknown layout.
+    """
+    if layout not in ("auto", *get_args(Layout)):
+        raise UnknownNameError("layout", layout, ("auto", *get_args(Layout)))
+    root = absolute(str(path))
+    if not is_folder(root) and not is_file(root):
+        raise DataError(f"nothing at {root!r}: give a folder of images, a manifest (.csv, .parquet) or an fsspec URL")
+    chosen, place = (layout, root) if layout != "auto" else _recognised(root)
+    index = _read(chosen, place, allow_outside_root)
+    records = tuple(sorted(index.records, key=lambda record: record.image_id))
+    if split is not None:
+        records = _of_split(records, split, root)
+    digest, digest_of = checksum(records, index.sizes, contents=contents)
+    return DataSet(
+        records=records,
+        root=root,
+        layout=chosen,
+        class_names=tuple(sorted({record.label for record in records if record.label is not None})),
+        checksum=digest,
+        checksum_of=digest_of,
+        patients_from=index.patients_from,
+        notes=index.notes,
+    )
+
+
+def checksum(records: Iterable[ImageRecord], sizes: Mapping[str, int], *, contents: bool = False) -> tuple[str, str]:
+    """SHA-256 over the records in their order, and the words for what went into it.
+
+    Ids and labels always; file sizes where they are known; with `contents` every image file's bytes (a file that
+    cannot be read counts as empty). Paths do not, so that a copied set has the same checksum.
+    """
+    digest = hashlib.sha256()
+
+    def add(*fields: str) -> None:
+        for text in fields:
+            digest.update(f"{len(text.encode())}:{text}".encode())
+
+    for record in records:
+        add(record.image_id, record.label or "", str(sizes.get(record.image_id, -1)))
+        if contents:
+            try:
+                content = read_bytes(record.path)
+            except OSError:
+                content = b""
+            add(hashlib.sha256(content).hexdigest())
+    parts = ["ids", "labels", *(["sizes"] if sizes else []), *(["contents"] if contents else [])]
+    return digest.hexdigest(), ", ".join(parts)
+
+
+def _recognised(root: str) -> tuple[str, str]:
+    """The layout that the files show, and the path its reader wants."""
+    if is_file(root):
+        if not is_table(root):
+            raise DataError(f"{root!r} is one file, not a data set: give its folder, or a manifest (.csv, .parquet)")
+        return "manifest", root
+    for name in MANIFEST_NAMES:
+        path = join(root, name)
+        if is_file(path) and {column.lower() for column in read_table(path).columns} >= set(NEEDED):
+            return "manifest", path
+    return "folder", root
+
+
+def _read(layout: str, place: str, allow_outside_root: bool) -> Index:
+    if layout == "manifest":
+        return read_manifest(_manifest_in(place), allow_outside_root=allow_outside_root)
+    return read_folder(place)
+
+
+def _manifest_in(place: str) -> str:
+    if not is_folder(place):
+        return place
+    for name in MANIFEST_NAMES:
+        if is_file(join(place, name)):
+            return join(place, name)
+    raise DataError(f"no manifest in {place!r}: expected {' or '.join(MANIFEST_NAMES)}")
+
+
+def _of_split(records: tuple[ImageRecord, ...], split: str, root: str) -> tuple[ImageRecord, ...]:
+    wanted = split_name(split)
+    kept = tuple(record for record in records if record.split == wanted)
+    if not kept:
+        found = sorted({record.split for record in records if record.split})
+        known = f"its splits: {', '.join(found)}" if found else "it names no splits"
+        raise DataError(f"no images of split {split!r} in {root!r}; {known}")
+    return kept

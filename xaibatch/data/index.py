@@ -1,0 +1,77 @@
+"""What a reader of a layout returns: records with file sizes, before they become a `DataSet`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from xaibatch.errors import DataError
+from xaibatch.types import ImageRecord
+
+IMAGE_SUFFIXES: Final = frozenset(
+    (
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".tif",
+        ".tiff",
+        ".bmp",
+        ".gif",
+        ".webp",
+        ".jp2",
+        ".j2k",
+        ".pgm",
+        ".ppm",
+        ".pnm",
+        ".dcm",
+        ".dicom",
+    )
+)
+"""File names that a folder listing takes for images, in any case; a manifest may name files of any suffix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """A layout's records in any order.
+
+    sizes:         bytes by image id, where the listing told them.
+    patients_from: what the patients were read from; None where they are unknown.
+    notes:         what the user should know about how the set was read, one sentence each.
+    """
+
+    records: Sequence[ImageRecord]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    patients_from: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def is_image(relative: str) -> bool:
+    """True for a file name that a folder listing takes for an image.
+
+    >>> is_image("COVID-19/a.PNG"), is_image("notes.txt")
+    (True, False)
+    """
+    name = relative.rpartition("/")[2]
+    stem, dot, suffix = name.rpartition(".")
+    return bool(stem) and (dot + suffix).lower() in IMAGE_SUFFIXES
+
+
+def split_name(text: str | None) -> str | None:
+    """One spelling for the names of splits: `train`, `val`, `test`; others in lower case as they are.
+
+    >>> split_name("Validation"), split_name("Test"), split_name("fold-3"), split_name("")
+    ('val', 'test', 'fold-3', None)
+    """
+    name = (text or "").strip().lower()
+    spelling = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+    return spelling.get(name, name) or None
+
+
+def require_columns(found: Sequence[str], needed: Sequence[str], where: str) -> None:
+    """Raise DataError naming the columns found and needed where one is missing."""
+    missing = [column for column in needed if column not in found]
+    if missing:
+        raise DataError(
+            f"{where} has no column {', '.join(map(repr, missing))}. "
+            f"Columns found: {', '.join(found) or 'none'}; needed: {', '.join(needed)}"
+        )

@@ -1,0 +1,124 @@
+"""A CSV or Parquet manifest in, records out.
+
+Columns (in any case and order; others are left unread): `path` and `label` are needed; `image_id` or `id` (else the
+path as written), `patient` or `patient_id`, `split`, `twin`, and masks as `mask_<name>` or `<name>_mask` (plain
+`mask` is the `lesion` mask). A blank cell means unknown. Relative paths start at the manifest's folder, and no path
+may leave that folder unless the caller allows it.
+"""
+
+import os
+from collections import Counter
+
+from xaibatch.data.boxes import is_boxes
+from xaibatch.data.index import Index, require_columns, split_name
+from xaibatch.data.storage import absolute, is_remote, join, parent
+from xaibatch.data.table import Row, Table, read_table
+from xaibatch.errors import DataError
+from xaibatch.types import ImageRecord
+
+NEEDED = ("path", "label")
+MANIFEST_NAMES = ("manifest.csv", "manifest.parquet")
+
+
+def read_manifest(path: str, *, allow_outside_root: bool = False) -> Index:
+    """Read the manifest at `path`.
+
+    Raises DataError for a missing column, a row without path, an id that comes twice, no rows, or a path outside the
+    manifest's folder.
+    """
+    table = read_table(path)
+    require_columns([column.lower() for column in table.columns], NEEDED, table.where)
+    if not table.rows:
+        raise DataError(f"{table.where} has no rows")
+    root = Root(parent(path), allow_outside=allow_outside_root, where=table.where)
+    records = tuple(_records(table, root))
+    twice = [image_id for image_id, count in Counter(record.image_id for record in records).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{table.where}: {len(twice)} image ids come more than once, for example {', '.join(map(repr, twice[:3]))}"
+        )
+    has_patients = any(record.patient is not None for record in records)
+    return Index(records=records, patients_from=f"column patient of {table.where}" if has_patients else None)
+
+
+class Root:
+    """The folder that paths of a table start at and may not leave."""
+
+    def __init__(self, folder: str, *, allow_outside: bool, where: str) -> None:
+        self.folder = folder
+        self.allow_outside = allow_outside
+        self.where = where
+        self._real: dict[str, str] = {}
+
+    def resolve(self, path: str, line: int) -> str:
+        """The full path or URL of a table's path. Raises DataError where it leaves the folder, also through a local
+        link."""
+        full = absolute(path) if "://" in path or path.startswith("/") else join(self.folder, path)
+        if not self.allow_outside and not self._inside(full):
+            raise DataError(
+                f"{self.where}, row {line}: {path!r} lies outside the manifest's folder {self.folder!r}; "
+                "move the file or the manifest, or set allow_outside_root"
+            )
+        return full
+
+    def _inside(self, full: str) -> bool:
+        if is_remote(full) or is_remote(self.folder):
+            # `..` behind a `://` that was written out is not resolved by `absolute`.
+            return full.startswith(self.folder.rstrip("/") + "/") and ".." not in full.split("/")
+        real = os.path.realpath(full) if os.path.islink(full) else self._real_of_folder(full)  # noqa: PTH114
+        return real.startswith(self._real_folder().rstrip("/") + "/")
+
+    def _real_of_folder(self, full: str) -> str:
+        folder, name = os.path.split(full)
+        if folder not in self._real:
+            self._real[folder] = os.path.realpath(folder)
+        return os.path.join(self._real[folder], name)  # noqa: PTH118
+
+    def _real_folder(self) -> str:
+        if "" not in self._real:
+            self._real[""] = os.path.realpath(self.folder)
+        return self._real[""]
+
+
+def _records(table: Table, root: Root) -> list[ImageRecord]:
+    names = {column.lower(): column for column in table.columns}
+    masks = {mask: column for lower, column in names.items() if (mask := _mask_name(lower))}
+
+    def cell(row: Row, *columns: str) -> str | None:
+        return next((row[names[column]] for column in columns if column in names and row[names[column]]), None)
+
+    records = []
+    for line, row in enumerate(table.rows, start=2):
+        path = cell(row, "path")
+        if path is None:
+            raise DataError(f"{table.where}, row {line} has no path")
+        twin = cell(row, "twin")
+        records.append(
+            ImageRecord(
+                image_id=cell(row, "image_id", "id") or path,
+                path=root.resolve(path, line),
+                label=cell(row, "label"),
+                patient=cell(row, "patient", "patient_id"),
+                split=split_name(cell(row, "split")),
+                masks={mask: _mask(value, root, line) for mask, column in masks.items() if (value := row[column])},
+                twin=None if twin is None else root.resolve(twin, line),
+            )
+        )
+    return records
+
+
+def _mask_name(column: str) -> str | None:
+    """`lung` for `lung_mask` and `mask_lung`, `lesion` for `mask`, None for a column that is no mask."""
+    if column == "mask":
+        return "lesion"
+    return (
+        column.removeprefix("mask_")
+        if column.startswith("mask_")
+        else column.removesuffix("_mask")
+        if column.endswith("_mask")
+        else None
+    )
+
+
+def _mask(value: str, root: Root, line: int) -> str:
+    return value if is_boxes(value) else root.resolve(value, line)

@@ -1,0 +1,185 @@
+"""Files of a local folder or any fsspec URL in: sorted listings and bytes out, with retries of transient errors."""
+
+import os
+import posixpath
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+from fsspec import AbstractFileSystem
+from pydantic import Field
+
+from xaibatch.errors import DataError
+from xaibatch.options import Options
+
+_BLOCK_BYTES = 16 << 20
+
+
+class ReadOptions(Options):
+    """How a file is read."""
+
+    num_attempts: int = Field(default=4, ge=1)
+    """Attempts at a read that fails for a reason that may pass (a timeout, a reset connection)."""
+
+    first_wait_s: float = Field(default=0.5, ge=0)
+    """Seconds before the second attempt; doubled for each further one."""
+
+    max_bytes: int = Field(default=1 << 30, gt=0)
+    """Largest file that is read, in bytes; a larger one is refused unread."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """One file of a listing: POSIX path relative to the listed folder, full path or URL, size in bytes (-1 unknown)."""
+
+    relative: str
+    path: str
+    size: int
+
+
+def is_remote(path: str) -> bool:
+    """True for a URL of any fsspec protocol but `file` (`s3://...`, `memory://...`)."""
+    return "://" in path and not path.startswith(("file://", "local://"))
+
+
+def absolute(path: str) -> str:
+    """The path as every worker can open it: an absolute local path with `..` resolved, or the URL without a slash at
+    its end."""
+    if is_remote(path):
+        return path.rstrip("/")
+    return os.path.abspath(os.path.expanduser(path.removeprefix("file://").removeprefix("local://")))  # noqa: PTH100, PTH111
+
+
+def join(root: str, relative: str) -> str:
+    """`root/relative` for a local folder or URL; `..` in `relative` is resolved and may lead out of `root`."""
+    if is_remote(root):
+        protocol, _, rest = root.partition("://")
+        return f"{protocol}://{posixpath.normpath(posixpath.join(rest, relative)).lstrip('/')}"
+    return os.path.normpath(os.path.join(root, relative))  # noqa: PTH118
+
+
+def parent(path: str) -> str:
+    """The folder that holds `path`."""
+    return path.rpartition("/")[0] if is_remote(path) else str(Path(path).parent)
+
+
+def is_folder(path: str) -> bool:
+    """True where `path` is a folder (for an object store: where something lies under it)."""
+    if not is_remote(path):
+        return Path(path).is_dir()
+    system, inner = filesystem(path)
+    return bool(system.isdir(inner))
+
+
+def is_file(path: str) -> bool:
+    if not is_remote(path):
+        return Path(path).is_file()
+    system, inner = filesystem(path)
+    return bool(system.isfile(inner))
+
+
+def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
+    """The fsspec file system of a URL and the path inside it; raises DataError for a protocol that is not installed."""
+    try:
+        system, inner = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"cannot open {path!r}: {one_line(error)}") from None
+    return system, str(inner)
+
+
+def list_files(root: str) -> tuple[FileEntry, ...]:
+    """Every file under `root`, sorted by relative path. Hidden files and folders are left out.
+
+    Local links are followed (a link that leads back to a folder above it is not entered again). Raises DataError
+    where `root` is no folder.
+    """
+    if not is_folder(root):
+        raise DataError(f"no folder at {root!r}: give an existing folder, a manifest (.csv, .parquet) or an fsspec URL")
+    entries = _remote_entries(root) if is_remote(root) else _local_entries(root)
+    return tuple(sorted(entries, key=lambda entry: entry.relative))
+
+
+def subfolders(root: str) -> tuple[str, ...]:
+    """Names of the folders directly under `root`, sorted, hidden ones left out; empty ones count too where the store
+    has such."""
+    if is_remote(root):
+        system, inner = filesystem(root)
+        items = [
+            str(info["name"]).rstrip("/") for info in system.ls(inner, detail=True) if info.get("type") == "directory"
+        ]
+        names = [item.rpartition("/")[2] for item in items]
+    else:
+        names = [item.name for item in os.scandir(root) if item.is_dir()]
+    return tuple(sorted(name for name in names if not _hidden(name)))
+
+
+def read_bytes(path: str, options: ReadOptions | None = None) -> bytes:
+    """The whole file. A read that fails for a passing reason is tried again; raises OSError (DataError for an unknown
+    protocol)."""
+    options = options or ReadOptions()
+    for attempt in range(options.num_attempts):
+        try:
+            return _read_once(path, options.max_bytes)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, FileTooLargeError):
+            raise
+        except (OSError, TimeoutError):
+            if attempt + 1 == options.num_attempts:
+                raise
+            time.sleep(options.first_wait_s * 2**attempt)
+    raise AssertionError("unreachable: num_attempts is at least one")
+
+
+class FileTooLargeError(OSError):
+    """A file larger than `ReadOptions.max_bytes`."""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text on one line, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _read_once(path: str, max_bytes: int) -> bytes:
+    system, inner = (None, path) if not is_remote(path) else filesystem(path)
+    with open(path, "rb") if system is None else system.open(inner, "rb") as stream:
+        content = bytearray()
+        while block := stream.read(_BLOCK_BYTES):
+            content += block
+            if len(content) > max_bytes:
+                raise FileTooLargeError(f"the file is larger than {max_bytes:,} bytes")
+    return bytes(content)
+
+
+def _local_entries(root: str) -> Iterator[FileEntry]:
+    def walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[FileEntry]:
+        real = os.path.realpath(folder)
+        if real in above:
+            return
+        with os.scandir(folder) as items:
+            for item in items:
+                if _hidden(item.name):
+                    continue
+                if item.is_dir():
+                    yield from walk(item.path, f"{prefix}{item.name}/", above | {real})
+                elif item.is_file():
+                    yield FileEntry(relative=prefix + item.name, path=item.path, size=item.stat().st_size)
+
+    return walk(root, "", frozenset())
+
+
+def _remote_entries(root: str) -> Iterator[FileEntry]:
+    system, inner = filesystem(root)
+    protocol = root.partition("://")[0]
+    start = inner.rstrip("/") + "/"
+    for name, info in system.find(inner, detail=True).items():
+        relative = str(name).removeprefix(start)
+        if not any(map(_hidden, relative.split("/"))):
+            size = info.get("size")
+            yield FileEntry(
+                relative=relative, path=f"{protocol}://{name.lstrip('/')}", size=-1 if size is None else int(size)
+            )
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
