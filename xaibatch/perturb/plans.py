@@ -53,11 +53,15 @@ class OrderPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SuperpixelPlan:
-    """Copy s shows the superpixels with `keep_SM[s]` and has the baseline elsewhere (LIME, KernelSHAP, IROF)."""
+    """Copy s shows the superpixels with `keep_SM[s]` and has the baseline elsewhere (LIME, KernelSHAP, IROF).
+
+    `segments_HW` numbers the superpixels 0..M-1. The baseline may also be `segment_mean`: each superpixel's own mean
+    colour, per channel (what the `lime` package does without a hide colour).
+    """
 
     segments_HW: NDArray[np.int32]
     keep_SM: NDArray[np.bool_]
-    baseline: Baseline
+    baseline: Baseline | Literal["segment_mean"]
 
     @property
     def num_samples(self) -> int:
@@ -84,7 +88,8 @@ class UniformNoisePlan:
 class SoftMaskPlan:
     """Copy s is image * m_s + baseline * (1 - m_s), m_s upsampled bilinearly from a random grid and cropped (RISE).
 
-    `grid_Sgg` holds the low-resolution masks, `shift_S2` the crop's offset (rows, columns) in pixels.
+    `grid_Sgg` holds the low-resolution masks (values 0..1), each upsampled with half-pixel centres to (g + 1) * ceil(H / g)
+    by (g + 1) * ceil(W / g) pixels; `shift_S2` is the offset (rows, columns) in pixels of the image's window into that.
     """
 
     grid_Sgg: NDArray[np.float32]
@@ -96,4 +101,20 @@ class SoftMaskPlan:
         return len(self.grid_Sgg)
 
 
-PerturbationPlan = SubsetPlan | OrderPlan | SuperpixelPlan | UniformNoisePlan | SoftMaskPlan
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowPlan:
+    """Copy s has the rectangle of `height` by `width` pixels with its top left corner at `corner_S2[s]` (row, column)
+    replaced by the baseline (occlusion). What lies outside the image is ignored: a corner at (H, W) changes nothing.
+    """
+
+    corner_S2: NDArray[np.int32]
+    height: int
+    width: int
+    baseline: Baseline
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.corner_S2)
+
+
+PerturbationPlan = SubsetPlan | OrderPlan | SuperpixelPlan | UniformNoisePlan | SoftMaskPlan | WindowPlan
