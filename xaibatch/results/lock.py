@@ -1,4 +1,4 @@
-"""One run at a time on a run folder: a lock file with the holder's name, kept alive by a heartbeat, taken over when stale.
+"""One run at a time on a run folder: a lock file with the holder's name, kept alive by heartbeats, taken over when stale.
 
 The lock only spares people double work and keeps one run from sweeping another's temporary files: two runs of one
 configuration would write the same parts with the same content.
@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -31,8 +32,8 @@ _GUARD: Final = ".lock.guard"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """Who holds a lock. `process_started` (the kernel's ticks, where it tells) keeps a reused pid apart; times are seconds
-    since 1970."""
+    """Who holds a lock. `process_started` (the kernel's ticks, where it tells) keeps a reused pid apart; times are
+    seconds since 1970."""
 
     token: str
     host: str
@@ -102,7 +103,7 @@ class RunLock:
             if holder is not None and not self._stale(holder):
                 raise RunFolderError(
                     f"the run folder {self.folder.url!r} is in use by another run: process {holder.pid} on "
-                    f"{holder.host}, for {_age(time.time() - holder.since)}, last seen "
+                    f"{holder.host.partition('/')[0]}, for {_age(time.time() - holder.since)}, last seen "
                     f"{_age(time.time() - holder.heartbeat)} ago. Wait for it, stop it, or choose another --output "
                     f"(a lock whose holder is gone is taken over after {_age(self.stale_s)})"
                 )
@@ -167,16 +168,17 @@ def _started(pid: int) -> str:
     """When the kernel started a process (Linux: clock ticks since boot); empty where it does not say."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]
+            state, *fields = file.read().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "zombie" if state == "Z" else fields[18]
 
 
 def _host() -> str:
     """Host name with, on Linux, the boot and the process namespace: a pid means nothing in another one."""
     names = [socket.gethostname()]
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        names += [file.read(8), os.readlink("/proc/self/ns/pid").partition(":")[2].strip("[]")]
+        names += [file.read(8), str(Path("/proc/self/ns/pid").readlink()).partition(":")[2].strip("[]")]
     return "/".join(names)
 
 
