@@ -6,15 +6,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from xaibatch.data.chexpert import is_chexpert, read_chexpert, tables_in
+from xaibatch.data.covid_qu_ex import part_root, read_covid_qu_ex
+from xaibatch.data.findings import FindingOptions
 from xaibatch.data.folder import read_folder
 from xaibatch.data.index import Index, split_name
 from xaibatch.data.manifest import MANIFEST_NAMES, NEEDED, read_manifest
-from xaibatch.data.storage import absolute, is_file, is_folder, join, read_bytes
+from xaibatch.data.nih import entry_table, read_nih
+from xaibatch.data.storage import absolute, is_file, is_folder, join, local_size, parent, read_bytes
 from xaibatch.data.table import is_table, read_table
 from xaibatch.errors import DataError, UnknownNameError
 from xaibatch.types import ImageRecord
 
-Layout = Literal["folder", "manifest"]
+Layout = Literal["folder", "manifest", "covid-qu-ex", "nih", "chexpert"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +69,15 @@ def open_dataset(
     split: str | None = None,
     allow_outside_root: bool = False,
     contents: bool = False,
+    findings: FindingOptions | None = None,
 ) -> DataSet:
     """Open a folder, a manifest or a known public data set; local or any fsspec URL.
 
     `layout`: `auto` looks at the files. `split` keeps one split (`train`, `val`, `test`, ...). `allow_outside_root`:
     a manifest may name files outside its own folder. `contents`: the checksum reads every file, instead of trusting
-    sizes. Raises DataError for a path that does not exist, no images, an empty class folder, a missing column, ids
+    sizes. `findings`: how a set with several findings an image becomes one with one class an image.
+
+    Raises DataError for a path that does not exist, no images, an empty class folder, a missing column, ids
     that come twice, an unknown split; UnknownNameError for an unknown layout.
     """
     if layout not in ("auto", *get_args(Layout)):
@@ -79,7 +86,9 @@ def open_dataset(
     if not is_folder(root) and not is_file(root):
         raise DataError(f"nothing at {root!r}: give a folder of images, a manifest (.csv, .parquet) or an fsspec URL")
     chosen, place = (layout, root) if layout != "auto" else _recognised(root)
-    index = _read(chosen, place, allow_outside_root)
+    index = _read(chosen, place, allow_outside_root, findings or FindingOptions())
+    if not index.records:
+        raise DataError(f"no images are left of {root!r}: {'; '.join(index.notes) or 'it lists none'}")
     records = tuple(sorted(index.records, key=lambda record: record.image_id))
     if split is not None:
         records = _of_split(records, split, root)
@@ -99,8 +108,9 @@ def open_dataset(
 def checksum(records: Iterable[ImageRecord], sizes: Mapping[str, int], *, contents: bool = False) -> tuple[str, str]:
     """SHA-256 over the records in their order, and the words for what went into it.
 
-    Ids and labels always; file sizes where they are known; with `contents` every image file's bytes (a file that
-    cannot be read counts as empty). Paths do not, so that a copied set has the same checksum.
+    Ids and labels always; file sizes where the listing told them (`sizes`) or the file is local; with `contents`
+    every image file's bytes (a file that cannot be read counts as empty). Paths do not, so that a copied set has the
+    same checksum.
     """
     digest = hashlib.sha256()
 
@@ -108,15 +118,18 @@ def checksum(records: Iterable[ImageRecord], sizes: Mapping[str, int], *, conten
         for text in fields:
             digest.update(f"{len(text.encode())}:{text}".encode())
 
+    has_sizes = bool(sizes)
     for record in records:
-        add(record.image_id, record.label or "", str(sizes.get(record.image_id, -1)))
+        size = sizes[record.image_id] if record.image_id in sizes else local_size(record.path)
+        has_sizes = has_sizes or size >= 0
+        add(record.image_id, record.label or "", str(size))
         if contents:
             try:
                 content = read_bytes(record.path)
             except OSError:
                 content = b""
             add(hashlib.sha256(content).hexdigest())
-    parts = ["ids", "labels", *(["sizes"] if sizes else []), *(["contents"] if contents else [])]
+    parts = ["ids", "labels", *(["sizes"] if has_sizes else []), *(["contents"] if contents else [])]
     return digest.hexdigest(), ", ".join(parts)
 
 
@@ -125,18 +138,30 @@ def _recognised(root: str) -> tuple[str, str]:
     if is_file(root):
         if not is_table(root):
             raise DataError(f"{root!r} is one file, not a data set: give its folder, or a manifest (.csv, .parquet)")
-        return "manifest", root
+        columns = read_table(root).columns
+        if "Image Index" in columns:
+            return "nih", parent(root)
+        return ("chexpert" if is_chexpert(columns) else "manifest"), root
     for name in MANIFEST_NAMES:
         path = join(root, name)
         if is_file(path) and {column.lower() for column in read_table(path).columns} >= set(NEEDED):
             return "manifest", path
-    return "folder", root
+    if entry_table(root):
+        return "nih", root
+    tables = tables_in(root)
+    if tables and all(is_chexpert(read_table(path).columns) for path in tables):
+        return "chexpert", root
+    return ("covid-qu-ex" if part_root(root) else "folder"), root
 
 
-def _read(layout: str, place: str, allow_outside_root: bool) -> Index:
+def _read(layout: str, place: str, allow_outside_root: bool, findings: FindingOptions) -> Index:
     if layout == "manifest":
         return read_manifest(_manifest_in(place), allow_outside_root=allow_outside_root)
-    return read_folder(place)
+    if layout == "nih":
+        return read_nih(place, findings)
+    if layout == "chexpert":
+        return read_chexpert(place, findings, allow_outside_root=allow_outside_root)
+    return read_covid_qu_ex(place) if layout == "covid-qu-ex" else read_folder(place)
 
 
 def _manifest_in(place: str) -> str:

@@ -69,7 +69,7 @@ def decode_in_quiet(content: bytes, limits: ImageLimits, dicom_range: str) -> De
     once."""
     if not content:
         raise ImageError("the file is empty (0 bytes)")
-    if content[128:132] == b"DICM":
+    if is_dicom(content):
         from xaibatch.data.dicom import decode_dicom
 
         return decode_dicom(content, limits, dicom_range)
@@ -103,6 +103,11 @@ def mask_in_quiet(content: bytes, limits: ImageLimits) -> NDArray[np.bool_]:
     if not lossy and full_range > 1 and grey.max() < LABEL_MAP_LIMIT:
         return grey > 0
     return grey > full_range / 2
+
+
+def is_dicom(content: bytes) -> bool:
+    """True for the DICOM preamble, or a file without one that starts with group 2 or 8 (old exports)."""
+    return content[128:132] == b"DICM" or content[:3] in (b"\x02\x00\x00", b"\x08\x00\x00", b"\x08\x00\x05")
 
 
 def check_size(width: int, height: int, limits: ImageLimits) -> None:

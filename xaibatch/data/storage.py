@@ -80,6 +80,15 @@ def is_file(path: str) -> bool:
     return bool(system.isfile(inner))
 
 
+def local_size(path: str) -> int:
+    """Size in bytes of a local file; -1 for a URL (asking for each would take one request a file) and where there is
+    none."""
+    try:
+        return -1 if is_remote(path) else os.stat(path).st_size  # noqa: PTH116
+    except OSError:
+        return -1
+
+
 def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
     """The fsspec file system of a URL and the path inside it; raises DataError for a protocol that is not installed."""
     try:
