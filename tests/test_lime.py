@@ -14,8 +14,10 @@ from torch import nn
 
 from xaibatch.errors import ConfigError
 from xaibatch.explainers.base import ExplainInput
+from xaibatch.explainers.explained_output import softmax
 from xaibatch.explainers.lime import Lime
-from xaibatch.explainers.lime_fit import draw_samples, fit_local_model, paint, proximity, softmax, top_k_mask
+from xaibatch.explainers.lime_fit import draw_samples, fit_local_model, proximity, top_k_mask
+from xaibatch.explainers.superpixels import paint
 from xaibatch.perturb.plans import SuperpixelPlan
 from xaibatch.perturb.runner import PlanRunner
 from xaibatch.perturb.segmentation import patch_grid, segment
@@ -107,9 +109,7 @@ def check_golden(golden, images, model, which, num_run=None):
         fit = fit_local_model(keep, probabilities)
         np.testing.assert_allclose(fit.weights_MK.T, golden[f"{i}_weights_all"], rtol=0, atol=1e-4)
         np.testing.assert_array_equal(top_k_mask(fit.weights_MK[:, top], segments, 2), golden[f"{i}_mask"])
-        exact = fit_local_model(
-            plan.keep_SM, golden[f"{i}_probs"]
-        )  # the package's own probabilities: only arithmetic left
+        exact = fit_local_model(keep, golden[f"{i}_probs"])  # the package's own probabilities: only arithmetic left
         np.testing.assert_allclose(exact.weights_MK.T, golden[f"{i}_weights_all"], rtol=0, atol=1e-12)
         np.testing.assert_allclose(exact.weights_MK[:, top], golden[f"{i}_weights_top"], rtol=0, atol=1e-12)
         np.testing.assert_allclose(np.sort(exact.intercept_K), np.sort(golden[f"{i}_intercept"]), rtol=0, atol=1e-12)

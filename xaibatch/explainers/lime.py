@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 
 from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
-from xaibatch.explainers.lime_fit import draw_samples, fit_local_model, paint, softmax, top_k_mask
-from xaibatch.explainers.superpixels import SuperpixelOptions, superpixels
+from xaibatch.explainers.explained_output import softmax
+from xaibatch.explainers.lime_fit import draw_samples, fit_local_model, top_k_mask
+from xaibatch.explainers.superpixels import SuperpixelOptions, paint, superpixels
 from xaibatch.perturb.plans import SuperpixelPlan
 
 

@@ -38,7 +38,8 @@ def draw_samples(
     """Return which superpixels each copy shows, bool (S,M); row 0 is the image itself.
 
     Every entry is a fair coin, as in `lime`. `antithetic` draws half as many rows and lets each be followed by its
-    complement, which takes the part of the sampling error that is even in the coin (about one half) out of the weights.
+    complement: what the model's answer has in common for a sample and its complement then cancels from the weights
+    instead of adding noise (exactly so but for the proximity weights).
     """
     keep_SM = np.ones((num_samples, num_segments), bool)
     free = num_samples - 1
@@ -48,14 +49,6 @@ def draw_samples(
     drawn = generator.integers(0, 2, ((free + 1) // 2, num_segments), dtype=np.uint8).astype(bool)
     keep_SM[1:] = np.stack([drawn, ~drawn], 1).reshape(-1, num_segments)[:free]
     return keep_SM
-
-
-def softmax(logits_SK: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the probabilities in float64 whatever the logits' precision."""
-    shifted = np.asarray(logits_SK, np.float64)
-    powers = np.exp(shifted - shifted.max(-1, keepdims=True))
-    probabilities: NDArray[np.float64] = powers / powers.sum(-1, keepdims=True)
-    return probabilities
 
 
 def proximity(keep_SM: NDArray[np.bool_], kernel_width: float) -> NDArray[np.float64]:
@@ -93,11 +86,6 @@ def fit_local_model(
     varies = total_K > 0
     r2_K = np.where(varies, 1.0 - residual_K / np.where(varies, total_K, 1.0), (residual_K == 0).astype(np.float64))
     return LocalFit(weights_MK=weights_MK, intercept_K=intercept_K, r2_K=r2_K, local_K=intercept_K + weights_MK.sum(0))
-
-
-def paint(weights_M: NDArray[np.float64], segments_HW: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Return every pixel's superpixel weight, float64 (H,W)."""
-    return weights_M[segments_HW]
 
 
 def top_k_mask(weights_M: NDArray[np.float64], segments_HW: NDArray[np.int32], top_k: int) -> NDArray[np.float64]:

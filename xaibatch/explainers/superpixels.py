@@ -1,6 +1,6 @@
 """What explainers on superpixels share: the options that choose the segmentation, and the superpixels of a batch.
 
-Shape letters: B images, C channels, H W pixels.
+Shape letters: B images, C channels, H W pixels, M superpixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,6 +41,11 @@ def superpixels(inputs: ExplainInput, options: SuperpixelOptions) -> Sequence[ND
     images_BCHW = inputs.images_BCHW.detach().cpu().numpy()
     side = patch_size(inputs.model)
     return [segment(image_CHW, options.spec, patch_size=side) for image_CHW in images_BCHW]
+
+
+def paint(weights_M: NDArray[np.float64], segments_HW: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Return every pixel's superpixel weight, float64 (H,W)."""
+    return weights_M[segments_HW]
 
 
 def patch_size(model: nn.Module) -> int:

@@ -117,4 +117,71 @@ class WindowPlan:
         return len(self.corner_S2)
 
 
-PerturbationPlan = SubsetPlan | OrderPlan | SuperpixelPlan | UniformNoisePlan | SoftMaskPlan | WindowPlan
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GaussianNoisePlan:
+    """Copy s is the image plus normal noise of this mean and standard deviation, drawn per channel entry from the key.
+
+    Drawn like the uniform noise: `key.generator(f"gaussian:{s}")`, float64, added and only then cast.
+    """
+
+    key: DrawKey
+    num_samples: int
+    mean: float
+    std: float
+
+    def noise_CHW(self, sample: int, shape: tuple[int, int, int]) -> NDArray[np.float64]:
+        return self.key.generator(f"gaussian:{sample}").normal(self.mean, self.std, shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FillPlan:
+    """Copy s has the entries `index_GK[group_S[s]]` set to the number `value_S[s]` (Nguyen and Martinez 2020).
+
+    Shape letter: G groups of entries, each used by several copies with different values.
+    """
+
+    index_GK: NDArray[np.int32]
+    group_S: NDArray[np.int32]
+    value_S: NDArray[np.float64]
+    entries: Entries
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.group_S)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImputationPlan:
+    """Copy s has the first `counts_S[s]` pixels of `order_N` imputed from their neighbours (ROAD, Rong et al. 2022).
+
+    Each removed pixel becomes the weighted mean of its eight neighbours (1/6 the four nearest, 1/12 the diagonal ones,
+    scaled up at the border), solved for all removed pixels together per channel, plus normal noise of standard deviation
+    `noise_std` drawn as (channels, count) from `key.generator(f"imputation:{s}")`.
+    """
+
+    order_N: NDArray[np.int32]
+    counts_S: NDArray[np.int32]
+    noise_std: float
+    key: DrawKey
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.counts_S)
+
+    def noise_CK(self, sample: int, num_channels: int) -> NDArray[np.float64]:
+        """The noise added to the imputed pixels of copy `sample`, in the order of `order_N`."""
+        generator = self.key.generator(f"imputation:{sample}")
+        return self.noise_std * generator.standard_normal((num_channels, int(self.counts_S[sample])))
+
+
+PerturbationPlan = (
+    SubsetPlan
+    | OrderPlan
+    | SuperpixelPlan
+    | UniformNoisePlan
+    | GaussianNoisePlan
+    | SoftMaskPlan
+    | WindowPlan
+    | FillPlan
+    | ImputationPlan
+)
