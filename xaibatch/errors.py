@@ -52,3 +52,20 @@ class NotScoredError(XaibatchError):
 
     def __reduce__(self) -> tuple[type["NotScoredError"], tuple[str, str]]:
         return (NotScoredError, (self.status, self.reason))
+
+
+class EngineError(XaibatchError):
+    """The cluster or the store cannot go on with the run (exit code 1); what is finished stays, the same command
+    resumes."""
+
+
+class StoppedError(XaibatchError):
+    """The run was stopped from outside; `exit_code` is the shell's convention, 128 + signal."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(message)
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal_number

@@ -1,1 +1,1 @@
-"""placeholder"""
+"""The Ray engine: the only package that imports ray."""

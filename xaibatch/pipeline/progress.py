@@ -1,4 +1,5 @@
-"""Finished cells in; out come a live view on a terminal, plain lines elsewhere, `progress.json`, and where the time went."""
+"""Finished cells in; out come a live view on a terminal, plain lines elsewhere, `progress.json`, and where the time
+went."""
 
 import contextlib
 import sys

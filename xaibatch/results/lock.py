@@ -1,4 +1,5 @@
-"""One run at a time on a run folder: a lock file with the holder's name, kept alive by heartbeats, taken over when stale.
+"""One run at a time on a run folder: a lock file with the holder's name, kept alive by heartbeats, taken over when
+stale.
 
 The lock only spares people double work and keeps one run from sweeping another's temporary files: two runs of one
 configuration would write the same parts with the same content.

@@ -1,0 +1,84 @@
+"""One shard's work in, a graph of object references out: which steps run where, and what each waits for.
+
+segment_images ─┐
+                explain (replica) ─┬─ write_cell
+                                   ├─ plan_cell ─ answer (replica) ─ score_cell
+                                   └─ adapter_cell (asks the replica)
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+import ray
+
+from xaibatch.cluster import tasks
+from xaibatch.cluster.connect import ONE_THREAD
+from xaibatch.cluster.pool import Slot
+from xaibatch.cluster.replica import Spent
+from xaibatch.pipeline.cells import MetricGroup
+from xaibatch.pipeline.job import GroupPlan
+from xaibatch.types import Shard
+
+LOST_WORKER_RETRIES: Final = 3
+"""Times that Ray itself runs a CPU task again whose worker or node was lost."""
+
+IMAGES_A_SEGMENTATION_TASK: Final = 4
+"""Superpixels take about a second an image: enough tasks to keep several cores busy for one shard."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explained:
+    """References to a shard's explanations and to what they cost, and the replica that holds its images."""
+
+    value: Any
+    spent: tuple[Any, ...]
+    slot: Slot
+
+
+@cache
+def _task(name: str, num_returns: int) -> Any:
+    return ray.remote(getattr(tasks, name)).options(
+        num_cpus=1, num_returns=num_returns, max_retries=LOST_WORKER_RETRIES, runtime_env={"env_vars": dict(ONE_THREAD)}
+    )
+
+
+def explain(job_ref: Any, shard: Shard, slot: Slot) -> Explained:
+    """Superpixels beside the model where an explainer wants them, then predictions and maps."""
+    assert slot.facts is not None
+    specs = slot.facts.segmentations
+    num_pieces = -(-len(shard.records) // IMAGES_A_SEGMENTATION_TASK) if specs else 0
+    pieces = [
+        _task("segment_images", 2).remote(job_ref, shard, specs, piece, num_pieces) for piece in range(num_pieces)
+    ]
+    value, spent = slot.handle.explain.options(num_returns=2).remote(shard, *(segments for segments, _ in pieces))
+    return Explained(value=value, spent=(spent, *(spent for _, spent in pieces)), slot=slot)
+
+
+def write(job_ref: Any, shard: Shard, explained: Explained) -> Any:
+    """The cell `explain`: a reference to its report."""
+    return _task("write_cell", 1).remote(job_ref, shard, explained.value, *explained.spent)
+
+
+def score(job_ref: Any, shard: Shard, group: MetricGroup, label: str, explained: Explained, count: bool) -> Any:
+    """A metric group's cell: a reference to its report. `count`: reckon the explanations' cost to this cell."""
+    before = explained.spent if count else ()
+    if group.kind == "map":
+        return _task("score_cell", 1).remote(
+            job_ref, shard, group, explained.value, GroupPlan(questions=()), (), *before
+        )
+    plan, planned = _task("plan_cell", 2).remote(job_ref, shard, group, explained.value)
+    answers, answered = explained.slot.handle.answer.options(num_returns=2).remote(shard, plan, label)
+    return _task("score_cell", 1).remote(
+        job_ref, shard, group, explained.value, plan, answers, planned, answered, *before
+    )
+
+
+def adapt(job_ref: Any, shard: Shard, group: MetricGroup, explained: Explained, count: bool) -> Any:
+    """An adapter metric's cell: a reference to its report."""
+    return _task("adapter_cell", 1).remote(
+        job_ref, shard, group, explained.value, explained.slot.handle, *(explained.spent if count else ())
+    )
+
+
+__all__ = ["Explained", "Spent", "adapt", "explain", "score", "write"]

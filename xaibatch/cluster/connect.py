@@ -1,0 +1,88 @@
+"""The engine's settings in, a connection to a Ray cluster out: one of this machine's own, a given one, or the
+surrounding job's.
+
+A cluster of this machine's own lives in a private temporary folder and ends with this process. With `--address` (or
+inside `ray job submit`, which sets RAY_ADDRESS) the existing cluster is joined and left as it is. Where that cluster
+asks for a token, Ray reads it from RAY_AUTH_TOKEN, or from the file RAY_AUTH_TOKEN_PATH (else ~/.ray/auth_token).
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import ray
+import ray.exceptions
+
+from xaibatch.config import EngineConfig
+from xaibatch.errors import EngineError
+
+ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+"""Environment of everything that is not a replica: parallelism comes from tasks, not from threads inside them."""
+
+_PREFIX: Final = "xaibatch-ray-"
+
+
+@contextmanager
+def connected(engine: EngineConfig) -> Iterator[None]:
+    """Connect for the time of the block. A connection that the process has already is used and left open.
+
+    Raises EngineError where the cluster cannot be reached or refuses the token.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = engine.address or os.environ.get("RAY_ADDRESS") or None
+    with _joined(address) if address else _own_cluster():
+        yield
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise EngineError(
+            f"cannot join the Ray cluster at {address!r}: {error}. Start one with `ray start --head`, give its "
+            "--address host:6379 (or `auto` on one of its nodes), or leave --address out"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _own_cluster() -> Iterator[None]:
+    """A cluster that nothing outside this process can be surprised by: own ports, own folder, no dashboard."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _remove_orphans()
+    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=folder,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_orphans() -> None:
+    """Folders of clusters whose process was killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit():
+            with suppress(PermissionError):
+                try:
+                    os.kill(int(pid), 0)
+                except ProcessLookupError:
+                    shutil.rmtree(folder, ignore_errors=True)

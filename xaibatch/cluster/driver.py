@@ -1,0 +1,252 @@
+"""A job and its pending cells in, finished parts and the list of cells that were given up out: the Ray engine.
+
+Every shard is worked on by one replica (which holds its images) and by CPU tasks beside it. A bounded number of shards
+is open at a time; a shard is closed when each of its cells has its part or an error.
+
+Attempts: a cell whose step raises an error is tried again, `max_attempts` times in all. The loss of a worker or node is
+nobody's error: the first one is Ray's own business (`max_task_retries`), after a second one the shard is tried alone
+on a replica, and only what is lost there counts, so an input that kills its process is found and its neighbours are
+not blamed.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from xaibatch.cluster import cells
+from xaibatch.cluster.connect import connected
+from xaibatch.cluster.pool import ReplicaPool, Slot
+from xaibatch.pipeline.cells import MetricGroup
+from xaibatch.pipeline.job import Job
+from xaibatch.pipeline.stopping import StopFlag
+from xaibatch.pipeline.work import EXPLAIN, FailedCell, Progress, ShardWork
+
+POLL_S: Final = 0.5
+"""Seconds that the driver waits for a cell before it looks around (signals, nodes, replicas)."""
+
+FIRST_PAUSE_S: Final = 0.5
+"""Pause before a failed shard's second attempt; doubles with every further one."""
+
+
+def run_on_ray(job: Job, work: Sequence[ShardWork], progress: Progress) -> list[FailedCell]:
+    """Do the work on the cluster that `job.config.engine` names; returns the cells that were given up.
+
+    Raises EngineError if the cluster cannot be joined or no replica starts, StoppedError after SIGINT or SIGTERM. What
+    is finished stays; the same call on what is still pending goes on.
+    """
+    with connected(job.config.engine), StopFlag() as stop:
+        driver = _Driver(job, work, progress, stop)
+        try:
+            return driver.run()
+        finally:
+            driver.close()
+
+
+@dataclass(kw_only=True, eq=False)
+class _Open:
+    """A shard that is being worked on, or that waits for another attempt."""
+
+    work: ShardWork
+    groups: dict[str, MetricGroup]
+    left: set[str]
+    attempts: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, Exception] = field(default_factory=dict)
+    running: int = 0
+    alone: bool = False
+    not_before: float = 0.0
+    explained: cells.Explained | None = None
+    slot: Slot | None = None
+
+
+class _Driver:
+    """The loop. Cells are known by the reference to their report."""
+
+    def __init__(self, job: Job, work: Sequence[ShardWork], progress: Progress, stop: StopFlag) -> None:
+        self._job, self._progress, self._stop = job, progress, stop
+        self._engine = job.config.engine
+        self._job_ref = ray.put(job)
+        self._pool = ReplicaPool(job=job)
+        self._fresh = iter(work)
+        self._next: _Open | None = None
+        self._again: deque[_Open] = deque()
+        self._cells: dict[Any, tuple[_Open, str]] = {}
+        self._adapters_waiting: deque[tuple[_Open, MetricGroup, bool]] = deque()
+        self._num_adapters = 0
+        self._num_ready = 0
+        self._failed: list[FailedCell] = []
+
+    def run(self) -> list[FailedCell]:
+        while True:
+            self._stop.check()
+            self._look_at_replicas()
+            self._admit()
+            if not self._cells and not self._again and self._upcoming() is None:
+                return self._failed
+            self._settle(self._finished())
+
+    def close(self) -> None:
+        """Give the devices back; whatever still runs has no one to report to."""
+        for ref in self._cells:
+            ray.cancel(ref, force=False, recursive=False)
+        self._pool.close()
+        self._progress.replicas(0)
+
+    # -- replicas
+
+    def _look_at_replicas(self) -> None:
+        self._pool.refresh()
+        num_ready = len(self._pool.ready)
+        if num_ready != self._num_ready:
+            self._num_ready = num_ready
+            self._progress.replicas(num_ready)
+
+    # -- opening shards
+
+    def _admit(self) -> None:
+        """Open shards up to the window, those for another attempt first, each on the replica with the fewest."""
+        while (shard := self._upcoming()) is not None:
+            limit = 1 if shard.alone else self._engine.shards_in_flight
+            free = [slot for slot in self._pool.ready if slot.num_open < limit and not slot.exclusive]
+            if not free:
+                break
+            self._take(shard)
+            self._open(shard, min(free, key=lambda slot: slot.num_open))
+        self._start_adapters()
+
+    def _upcoming(self) -> _Open | None:
+        now = time.monotonic()
+        for shard in self._again:
+            if shard.not_before <= now:
+                return shard
+        if self._next is None and (work := next(self._fresh, None)) is not None:
+            self._next = _Open(work=work, groups={group.name: group for group in work.groups}, left=set(work.stages))
+        return self._next
+
+    def _take(self, shard: _Open) -> None:
+        if shard is self._next:
+            self._next = None
+        else:
+            self._again.remove(shard)
+
+    def _open(self, shard: _Open, slot: Slot) -> None:
+        shard.slot, slot.exclusive = slot, shard.alone
+        slot.num_open += 1
+        shard.errors.clear()
+        count = shard.explained is None or shard.explained.slot is not slot
+        if shard.explained is None or count:
+            shard.explained = cells.explain(self._job_ref, shard.work.shard, slot)
+        if EXPLAIN in shard.left:
+            self._watch(cells.write(self._job_ref, shard.work.shard, shard.explained), shard, EXPLAIN)
+            count = False
+        for name in sorted(shard.left - {EXPLAIN}):
+            group = shard.groups[name]
+            if group.kind == "adapter":
+                self._adapters_waiting.append((shard, group, count))
+                shard.running += 1
+            else:
+                label = group.metrics[0]
+                ref = cells.score(self._job_ref, shard.work.shard, group, label, shard.explained, count)
+                self._watch(ref, shard, name)
+            count = False
+
+    def _start_adapters(self) -> None:
+        """Adapter tasks wait for a replica and hold a heavy process each: at most one for every second CPU."""
+        if not self._adapters_waiting:
+            return
+        limit = max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)  # type: ignore[no-untyped-call]
+        while self._adapters_waiting and self._num_adapters < limit:
+            shard, group, count = self._adapters_waiting.popleft()
+            assert shard.explained is not None
+            ref = cells.adapt(self._job_ref, shard.work.shard, group, shard.explained, count)
+            self._num_adapters += 1
+            shard.running -= 1
+            self._watch(ref, shard, group.name)
+
+    def _watch(self, ref: Any, shard: _Open, stage: str) -> None:
+        self._cells[ref] = (shard, stage)
+        shard.running += 1
+
+    # -- closing cells
+
+    def _finished(self) -> list[Any]:
+        if not self._cells:
+            time.sleep(POLL_S / 5)
+            return []
+        refs = list(self._cells)
+        done, rest = ray.wait(refs, num_returns=1, timeout=POLL_S)
+        if done and rest:
+            done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        return done
+
+    def _settle(self, refs: Sequence[Any]) -> None:
+        for ref in refs:
+            shard, stage = self._cells.pop(ref)
+            shard.running -= 1
+            if stage in shard.groups and shard.groups[stage].kind == "adapter":
+                self._num_adapters -= 1
+            try:
+                self._progress.done(ray.get(ref))
+                shard.left.discard(stage)
+            except Exception as error:
+                shard.errors[stage] = error
+            if not shard.running:
+                self._close(shard)
+
+    def _close(self, shard: _Open) -> None:
+        """A shard's cells are all settled: done with it, or another attempt, or give up what has had its attempts."""
+        assert shard.slot is not None
+        shard.slot.num_open -= 1
+        shard.slot.exclusive = False
+        for stage, error in shard.errors.items():
+            if not is_loss(error) or shard.alone:
+                shard.attempts[stage] += 1
+            if shard.attempts[stage] >= self._engine.max_attempts:
+                shard.left.discard(stage)
+                self._give_up(shard, stage, error)
+        lost = any(map(is_loss, shard.errors.values()))
+        if lost or not self._is_good(shard.explained):
+            shard.explained = None
+        if shard.left:
+            shard.alone = shard.alone or lost
+            tried = max(shard.attempts.values(), default=0)
+            shard.not_before = time.monotonic() + FIRST_PAUSE_S * 2**tried
+            self._again.append(shard)
+
+    def _is_good(self, explained: cells.Explained | None) -> bool:
+        """Whether a shard's explanations came out, so that another attempt need not make them again."""
+        if explained is None:
+            return False
+        try:
+            ray.get(list(explained.spent), timeout=0)
+        except Exception:
+            return False
+        return True
+
+    def _give_up(self, shard: _Open, stage: str, error: Exception) -> None:
+        cell = FailedCell(shard=shard.work.shard.name, stage=stage, error=describe(error))
+        self._failed.append(cell)
+        self._progress.failed(cell)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether a step was lost with its process or node, rather than raising an error of its own."""
+    return isinstance(root(error), RayError)
+
+
+def root(error: BaseException) -> BaseException:
+    """The error that a chain of Ray's wrappers is about: what the failing step raised, or how it was lost."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def describe(error: BaseException) -> str:
+    """One line of a cell's last error."""
+    error = root(error)
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

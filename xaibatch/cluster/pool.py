@@ -1,0 +1,193 @@
+"""The cluster's nodes in, ready model replicas out: started where devices are, replaced when lost, added when nodes
+join.
+
+A place is a share of a GPU on a node, or a node without GPUs. Replicas of counted places are bound to their node, so
+that a node that vanishes takes its replicas with it at once; with `--replicas N` they are not bound, and Ray (or an
+autoscaler that sees them waiting) finds the places.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from xaibatch.cluster.connect import ONE_THREAD
+from xaibatch.cluster.replica import Replica, ReplicaFacts
+from xaibatch.config import EngineConfig
+from xaibatch.errors import EngineError
+from xaibatch.pipeline.job import Job
+
+LOOK_S: Final = 2.0
+"""Seconds between looks at the cluster's nodes."""
+
+START_ATTEMPTS: Final = 3
+"""Attempts at starting a replica in one place."""
+
+Node = Mapping[str, Any]
+"""One entry of `ray.nodes()`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Place:
+    """Where a replica may run: `node_id` is empty where Ray chooses; `threads` are CPU threads of a replica on a
+    CPU."""
+
+    node_id: str
+    index: int
+    num_gpus: float
+    threads: int
+
+
+@dataclass(kw_only=True, eq=False)
+class Slot:
+    """A replica in its place. `facts` is None until it is ready; a `retired` one gets no new shards."""
+
+    place: Place
+    handle: Any
+    starting: Any
+    facts: ReplicaFacts | None = None
+    retired: bool = False
+    num_open: int = 0
+    exclusive: bool = False
+
+
+@dataclass(kw_only=True)
+class ReplicaPool:
+    """Keeps one replica in every place. `refresh` is cheap to call often; it looks at the nodes every LOOK_S
+    seconds."""
+
+    job: Job
+    slots: list[Slot] = field(default_factory=list)
+    _failures: dict[Place, int] = field(default_factory=dict)
+    _looked: float = float("-inf")
+    _last_error: str = ""
+
+    @property
+    def ready(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.facts is not None and not slot.retired]
+
+    def refresh(self) -> list[Slot]:
+        """Start, drop and retire replicas; returns the slots that are gone (their calls fail by themselves).
+
+        Raises EngineError when no replica is ready and none can be started any more.
+        """
+        gone = self._settle_starting()
+        if time.monotonic() - self._looked < LOOK_S:
+            return gone
+        self._looked = time.monotonic()
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        alive = {node["NodeID"] for node in nodes}
+        wanted = places(nodes, self.job.config.engine)
+        for slot in list(self.slots):
+            where = slot.facts.node_id if slot.facts else slot.place.node_id
+            if (where and where not in alive) or (slot.retired and not slot.num_open):
+                self.drop(slot)
+                gone.append(slot)
+            elif slot.place not in wanted:
+                slot.retired = True
+        taken = {slot.place for slot in self.slots}
+        for place in wanted:
+            if place not in taken and self._failures.get(place, 0) < START_ATTEMPTS:
+                self.slots.append(self._start(place))
+        if not self.slots and wanted:
+            raise EngineError(f"no model replica could be started: {self._last_error}")
+        return gone
+
+    def drop(self, slot: Slot) -> None:
+        """End a replica for good; `refresh` starts another where its place still exists."""
+        if slot in self.slots:
+            self.slots.remove(slot)
+        ray.kill(slot.handle, no_restart=True)
+
+    def close(self) -> None:
+        for slot in list(self.slots):
+            self.drop(slot)
+
+    def _start(self, place: Place) -> Slot:
+        engine = self.job.config.engine
+        threads = {name: str(place.threads) for name in ONE_THREAD}
+        actor: Any = ray.remote(Replica)
+        handle = actor.options(
+            num_cpus=0,
+            num_gpus=place.num_gpus,
+            max_restarts=-1,
+            max_task_retries=1,
+            allow_out_of_order_execution=True,
+            scheduling_strategy=(
+                NodeAffinitySchedulingStrategy(place.node_id, soft=False) if place.node_id else "SPREAD"
+            ),
+            runtime_env={"env_vars": threads},
+        ).remote(self.job, device=_device(engine, place), threads=place.threads)
+        return Slot(place=place, handle=handle, starting=handle.facts.remote())
+
+    def _settle_starting(self) -> list[Slot]:
+        starting = {slot.starting: slot for slot in self.slots if slot.facts is None}
+        if not starting:
+            return []
+        done, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0)
+        gone = []
+        for ref in done:
+            slot = starting[ref]
+            try:
+                slot.facts = ray.get(ref)
+            except Exception as error:
+                self._last_error = str(getattr(error, "cause", None) or error)
+                self._failures[slot.place] = self._failures.get(slot.place, 0) + 1
+                self.drop(slot)
+                gone.append(slot)
+                self._looked = float("-inf")
+        return gone
+
+
+def places(nodes: Sequence[Node], engine: EngineConfig) -> tuple[Place, ...]:
+    """Where replicas belong, from the alive nodes: one for each GPU (or share of one), or one for each CPU node where
+    the cluster has no GPU; `engine.replicas` of them wherever Ray finds room if that is set.
+
+    >>> laptop = [{"NodeID": "a", "Resources": {"CPU": 8.0}}]
+    >>> [place.threads for place in places(laptop, EngineConfig())]
+    [8]
+    >>> big = [{"NodeID": "a", "Resources": {"CPU": 8.0, "GPU": 2.0}}]
+    >>> len(places(big, EngineConfig())), len(places(big, EngineConfig(gpus_per_replica=0.5)))
+    (2, 4)
+    """
+    gpus = {node["NodeID"]: float(node["Resources"].get("GPU", 0)) for node in nodes}
+    cpus = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in nodes}
+    on_gpu = engine.device != "cpu" and (engine.device == "cuda" or any(gpus.values()))
+    num_gpus = engine.gpus_per_replica if on_gpu else 0.0
+    most_cpus = max(cpus.values(), default=1)
+    if engine.replicas:
+        busiest = -(-engine.replicas // max(1, sum(map(bool, cpus.values()))))
+        threads = engine.threads or max(1, most_cpus // busiest)
+        return tuple(Place(node_id="", index=i, num_gpus=num_gpus, threads=threads) for i in range(engine.replicas))
+    if on_gpu:
+        threads = engine.threads or 1
+        found = tuple(
+            Place(node_id=node_id, index=i, num_gpus=num_gpus, threads=threads)
+            for node_id, num in sorted(gpus.items())
+            for i in range(shares(num, num_gpus))
+        )
+        return found or (Place(node_id="", index=0, num_gpus=num_gpus, threads=threads),)
+    return tuple(
+        Place(node_id=node_id, index=0, num_gpus=0.0, threads=engine.threads or num)
+        for node_id, num in sorted(cpus.items())
+        if num
+    )
+
+
+def shares(num_gpus: float, per_replica: float) -> int:
+    """Replicas that fit on a node: shares of one GPU do not span two.
+
+    >>> shares(2, 1), shares(2, 0.5), shares(2, 0.4), shares(3, 2)
+    (2, 4, 4, 1)
+    """
+    if per_replica >= 1:
+        return int(num_gpus // per_replica)
+    return int(num_gpus) * int(1 / per_replica + 1e-9)
+
+
+def _device(engine: EngineConfig, place: Place) -> str:
+    """A replica without a GPU must not find one by itself."""
+    return "cpu" if not place.num_gpus else engine.device

@@ -1,0 +1,140 @@
+"""A model on one device as a Ray actor: shards and questions in, explanations and answers out.
+
+Nothing here but the pinning, the threads and the reckoning; the work is `xaibatch.pipeline.session.Session`. This
+module needs no torch until a replica works, so that the driver and CPU tasks may import it.
+
+Shape letters: B images, C channels, H W pixels, h w a map's own sides, K classes.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from xaibatch.pipeline.job import Answer, GroupPlan, Job, ShardExplanations
+from xaibatch.seeding import DrawKey
+from xaibatch.types import Shard
+
+if TYPE_CHECKING:
+    from xaibatch.pipeline.session import Session
+
+Segments = Mapping[str, Sequence[NDArray[np.int32]]]
+"""Superpixels by segmentation name, one int (H,W) per image or question."""
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spent:
+    """What one step cost: seconds by kind, and images through the model."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    num_forward_passes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaFacts:
+    """Where a replica runs; `gpu_ids` as Ray assigned them, `visible` as the process sees CUDA_VISIBLE_DEVICES;
+    `segmentations`: the superpixels that its explainers want made beside the model."""
+
+    node_id: str
+    pid: int
+    device: str
+    gpu_ids: tuple[str, ...]
+    visible: str | None
+    segmentations: tuple[str, ...]
+
+
+class Replica:
+    """The actor. The model is loaded on the first call, so that a failure to load is an error of a call, with its
+    cause, and a restarted actor loads again by itself."""
+
+    def __init__(self, job: Job, *, device: str, threads: int) -> None:
+        self._job = job
+        self._device = device
+        self._threads = threads
+        self._loaded: Session | None = None
+
+    @property
+    def session(self) -> "Session":
+        if self._loaded is None:
+            import torch
+
+            from xaibatch.pipeline.session import Session
+
+            torch.set_num_threads(self._threads)
+            device = self._device
+            if device == "auto":
+                device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+            self._loaded = Session(self._job, device=device)
+        return self._loaded
+
+    def facts(self) -> ReplicaFacts:
+        """Load the model and say where it is."""
+        session = self.session
+        specs = {explainer.segmentation for explainer in session.explainers.values()}
+        return ReplicaFacts(
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+            device=str(session.device),
+            gpu_ids=tuple(map(str, ray.get_gpu_ids())),
+            visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+            segmentations=tuple(sorted(spec for spec in specs if spec is not None)),
+        )
+
+    def explain(self, shard: Shard, *segments: Segments) -> tuple[ShardExplanations, Spent]:
+        """Predict and explain a shard; `segments` in consecutive pieces of the shard's readable images."""
+        return self._spend(lambda: self.session.explain(shard, joined(segments)))
+
+    def answer(self, shard: Shard, plan: GroupPlan, label: str) -> tuple[tuple[Answer, ...], Spent]:
+        """Answer a metric group's questions in the precision chosen for `label`."""
+        return self._spend(lambda: self.session.answer(shard, plan, label))
+
+    def forward(self, images_BCHW: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Logits (B,K), for adapter metrics."""
+        return self._guarded(lambda: self.session.forward(images_BCHW))
+
+    def explain_images(
+        self, label: str, images_BCHW: NDArray[np.floating], targets_B: Sequence[int], keys: Sequence[DrawKey]
+    ) -> list[NDArray[np.floating]]:
+        """One explainer's native maps (h,w), for adapter metrics."""
+        return self._guarded(lambda: self.session.explain_images(label, images_BCHW, targets_B, keys))
+
+    def _spend(self, work: Callable[[], ValueT]) -> tuple[ValueT, Spent]:
+        before, start = self.session.num_forward_passes, time.perf_counter()
+        value = self._guarded(work)
+        return value, Spent(
+            seconds={"model": time.perf_counter() - start},
+            num_forward_passes=self.session.num_forward_passes - before,
+        )
+
+    def _guarded(self, work: Callable[[], ValueT]) -> ValueT:
+        """A device in an error state stays so until its process ends: end it, Ray starts another and the call is tried
+        again (out of memory is the session's own business and never comes here as long as one image fits)."""
+        try:
+            return work()
+        except Exception as error:
+            if _device_is_lost(error):
+                os._exit(1)
+            raise
+
+
+def joined(pieces: Sequence[Segments]) -> Segments:
+    """Consecutive pieces as one."""
+    names = sorted({name for piece in pieces for name in piece})
+    return {name: [segments_HW for piece in pieces for segments_HW in piece.get(name, ())] for name in names}
+
+
+def _device_is_lost(error: Exception) -> bool:
+    """Whether CUDA reports an error that outlives the call (out of memory does not)."""
+    import torch
+
+    lost = getattr(torch, "AcceleratorError", ())
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    return isinstance(error, lost) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))

@@ -1,0 +1,128 @@
+"""What runs beside the replicas on CPUs: superpixels, plans, scores and the writing of parts; no torch.
+
+Each function is a Ray task's body; its inputs are the outputs of earlier steps, handed over by reference, so no task
+waits for another. Only `adapter_cell` asks a replica while it runs.
+
+Shape letters: B images, C channels, H W pixels, h w a map's own sides, K classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from xaibatch.cluster.replica import Segments, Spent
+from xaibatch.perturb.segmentation import segment
+from xaibatch.pipeline.cells import MetricGroup
+from xaibatch.pipeline.job import Answer, GroupPlan, Job, ShardExplanations
+from xaibatch.pipeline.scoring import plan_group, score_group
+from xaibatch.pipeline.work import EXPLAIN, CellReport, Stopwatch, pixels_for
+from xaibatch.pipeline.writing import write_explanations, write_scores
+from xaibatch.seeding import DrawKey
+from xaibatch.types import ImageBatch, Shard
+
+
+def segment_images(
+    job: Job, shard: Shard, specs: tuple[str, ...], piece: int, num_pieces: int
+) -> tuple[Segments, Spent]:
+    """The superpixels of one of several consecutive pieces of a shard's readable images."""
+    clock = Stopwatch()
+    with clock.measure("segmentation"):
+        images_BCHW = job.read(shard)[0].images_BCHW
+        start, stop = (len(images_BCHW) * edge // num_pieces for edge in (piece, piece + 1))
+        segments = {
+            spec: [segment(image_CHW, spec, patch_size=job.patch_size) for image_CHW in images_BCHW[start:stop]]
+            for spec in specs
+        }
+    return segments, Spent(seconds=clock.seconds)
+
+
+def write_cell(job: Job, shard: Shard, explained: ShardExplanations, *spent: Spent) -> CellReport:
+    """Write the parts of the stage `explain`."""
+    clock = Stopwatch()
+    with clock.measure("write"):
+        write_explanations(job, shard, explained)
+    return _report(shard, EXPLAIN, explained, clock, spent)
+
+
+def plan_cell(job: Job, shard: Shard, group: MetricGroup, explained: ShardExplanations) -> tuple[GroupPlan, Spent]:
+    """A metric group's questions about a shard."""
+    clock = Stopwatch()
+    with clock.measure("plan"):
+        plan = plan_group(job, group, explained, _pixels(job, shard, group))
+    return plan, Spent(seconds=clock.seconds)
+
+
+def score_cell(
+    job: Job,
+    shard: Shard,
+    group: MetricGroup,
+    explained: ShardExplanations,
+    plan: GroupPlan,
+    answers: tuple[Answer, ...],
+    *spent: Spent,
+) -> CellReport:
+    """Score a metric group's answers and write its part."""
+    clock = Stopwatch()
+    with clock.measure("score"):
+        scores = score_group(job, group, explained, plan, answers, _pixels(job, shard, group))
+    with clock.measure("write"):
+        write_scores(job, group, shard, explained, scores)
+    return _report(shard, group.name, explained, clock, spent)
+
+
+def adapter_cell(
+    job: Job, shard: Shard, group: MetricGroup, explained: ShardExplanations, replica: Any, *spent: Spent
+) -> CellReport:
+    """Score one explainer with one adapter metric, whose model calls the replica answers, and write its part."""
+    from xaibatch.pipeline.adapter import score_adapter  # the metric's own package is heavy
+
+    clock = Stopwatch()
+    with clock.measure("score"):
+        scores = score_adapter(job, group, explained, job.read(shard)[0], _Remote(replica))
+    with clock.measure("write"):
+        write_scores(job, group, shard, explained, scores)
+    return _report(shard, group.name, explained, clock, spent)
+
+
+class _Remote:
+    """Stands in for a session: asks a replica and waits. Seconds of waiting give the task's CPU back."""
+
+    def __init__(self, replica: Any) -> None:
+        self._replica = replica
+
+    def forward(self, images_BCHW: NDArray[np.floating]) -> NDArray[np.floating]:
+        logits_BK: NDArray[np.floating] = ray.get(self._replica.forward.remote(images_BCHW))
+        return logits_BK
+
+    def explain_images(
+        self, label: str, images_BCHW: NDArray[np.floating], targets_B: Sequence[int], keys: Sequence[DrawKey]
+    ) -> list[NDArray[np.floating]]:
+        maps: list[NDArray[np.floating]] = ray.get(
+            self._replica.explain_images.remote(label, images_BCHW, targets_B, keys)
+        )
+        return maps
+
+
+def _pixels(job: Job, shard: Shard, group: MetricGroup) -> ImageBatch | None:
+    return pixels_for(job, group, lambda: job.read(shard)[0])
+
+
+def _report(
+    shard: Shard, stage: str, explained: ShardExplanations, clock: Stopwatch, spent: Sequence[Spent]
+) -> CellReport:
+    """The cell's own seconds and those of the steps before it."""
+    seconds = dict(clock.seconds)
+    for step in spent:
+        for what, value in step.seconds.items():
+            seconds[what] = seconds.get(what, 0.0) + value
+    return CellReport(
+        shard=shard.name,
+        stage=stage,
+        seconds=seconds,
+        num_forward_passes=sum(step.num_forward_passes for step in spent),
+        num_images=len(explained.ids) if stage == EXPLAIN else 0,
+        num_failures=len(explained.failures) if stage == EXPLAIN else 0,
+    )
