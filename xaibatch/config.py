@@ -27,6 +27,10 @@ class ModelConfig(Options):
     """Class names in the order of the logits; None: from the checkpoint, a JSON beside it, or the data."""
     pretrained: bool = False
     """Load timm's own pretrained weights (needs the network or timm's cache)."""
+    preprocessing: dict[str, Any] = Field(default_factory=dict)
+    """Fields that replace those of the checkpoint's record or timm's configuration, e.g. `resize_short: 224`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments for timm's `create_model`, e.g. `img_size: 384`."""
 
 
 class DataConfig(Options):

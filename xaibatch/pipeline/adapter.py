@@ -75,8 +75,8 @@ def score_adapter(
                 masks={name: mask_BHW[rows] for name, mask_BHW in batch.masks.items()},
                 num_classes=explained.logits_BK.shape[1],
             )
-            for row, outcome in zip(rows, scored, strict=True):
-                outcomes[row] = outcome
+            for row, done in zip(rows, scored, strict=True):
+                outcomes[row] = done
         for image_id, outcome in zip(explained.ids, outcomes, strict=True):
             value, status, reason = outcome or Outcome(None, ERROR, "not scored")
             scores.append(

@@ -58,11 +58,17 @@ def calibrate(session: Session, shard: Shard) -> dict[str, Any]:
     choices = []
     for label in _plan_labels(job):
         group = next(group for group in _groups(job) if label in group.metrics)
-        choices.append(_choose(label, reference[group.name], _scored(session, shard, group, explained, {label: "bfloat16"}), tolerance))
+        choices.append(
+            _choose(
+                label, reference[group.name], _scored(session, shard, group, explained, {label: "bfloat16"}), tolerance
+            )
+        )
     for label in _sampling_labels(session):
         with _precisions(session, {label: "bfloat16"}):
             coarse = session.explain(shard)
-            scores = [score for group in _groups(job) for score in _scored(session, shard, group, coarse, {label: "bfloat16"})]
+            scores = [
+                score for group in _groups(job) for score in _scored(session, shard, group, coarse, {label: "bfloat16"})
+            ]
         before = [score for group in _groups(job) for score in reference[group.name]]
         choice = _choose(label, _of(before, label), _of(scores, label), tolerance)
         flips, maps = _flips(explained, coarse, label)

@@ -1,6 +1,8 @@
 """What is settled about the model before a run starts: classes, preprocessing, checksum, speed and precisions."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,23 +24,31 @@ def settle_model(config: RunConfig, dataset: DataSet) -> tuple[dict[str, Any], d
 
     Raises ModelError for a model or checkpoint that does not fit, DataError for labels that the model does not have.
     """
-    model = load_model(
-        config.model.name,
-        checkpoint=config.model.checkpoint,
-        class_names=config.model.class_names or dataset.class_names or None,
-        pretrained=config.model.pretrained,
-    )
+    model = configured_model(config, dataset.class_names)
     label_indices([record.label for record in dataset.records], model.class_names)
     facts = {
         "name": config.model.name,
         "class_names": list(model.class_names),
         "preprocessing": model.preprocessing.model_dump(mode="json"),
-        "source": model.source,
+        "source": asdict(model.source),
         "patch_size": patch_size(model),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "forward_passes_per_second": round(forward_rate(model), 2) if not torch.cuda.is_available() else None,
     }
     return facts, settle_precisions(config)
+
+
+def configured_model(config: RunConfig, data_class_names: Sequence[str] = ()) -> Classifier:
+    """The model that a configuration names; the data's labels serve where nothing else names the classes."""
+    return load_model(
+        config.model.name,
+        checkpoint=config.model.checkpoint,
+        class_names=config.model.class_names,
+        data_class_names=data_class_names or None,
+        pretrained=config.model.pretrained,
+        preprocessing=config.model.preprocessing,
+        model_options=config.model.options,
+    )
 
 
 def patch_size(model: Classifier) -> int:

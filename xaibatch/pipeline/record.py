@@ -21,10 +21,24 @@ RECORD = "run.json"
 FORMAT = 1
 """Version of the run folder's layout."""
 
-_PACKAGES = ("xaibatch", "torch", "timm", "numpy", "ray", "quantus", "lime", "scikit-image", "pyarrow", "captum", "zennit")
+_PACKAGES = (
+    "xaibatch",
+    "torch",
+    "timm",
+    "numpy",
+    "ray",
+    "quantus",
+    "lime",
+    "scikit-image",
+    "pyarrow",
+    "captum",
+    "zennit",
+)
 
 
-def new_record(config: RunConfig, folder: RunFolder, dataset: DataSet, model: Mapping[str, Any], precisions: Mapping[str, Any]) -> dict[str, Any]:
+def new_record(
+    config: RunConfig, folder: RunFolder, dataset: DataSet, model: Mapping[str, Any], precisions: Mapping[str, Any]
+) -> dict[str, Any]:
     """The record of a run that is about to start. `model` and `precisions` are what was settled before."""
     return {
         "format": FORMAT,

@@ -120,7 +120,9 @@ def _open_record(config: RunConfig, folder: RunFolder, dataset: DataSet) -> dict
         try:
             record: dict[str, Any] = folder.read_json(RECORD)
         except ValueError as error:
-            raise RunFolderError(f"{folder.path(RECORD)!r} is not a run record ({error}): choose another --output") from None
+            raise RunFolderError(
+                f"{folder.path(RECORD)!r} is not a run record ({error}): choose another --output"
+            ) from None
         check_same(record, config, dataset, folder)
         return record
     if folder.parts("scores") or folder.parts("maps"):

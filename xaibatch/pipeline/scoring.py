@@ -17,7 +17,9 @@ from xaibatch.pipeline.job import Answer, GroupPlan, Job, Question, Refusal, Sha
 from xaibatch.types import ALL_ZERO_MAP, ERROR, NAN_MAP, OK, ImageBatch, Score
 
 
-def plan_group(job: Job, group: MetricGroup, explained: ShardExplanations, batch: ImageBatch | None = None) -> GroupPlan:
+def plan_group(
+    job: Job, group: MetricGroup, explained: ShardExplanations, batch: ImageBatch | None = None
+) -> GroupPlan:
     """Ask each image's questions once: for all explainers where the metric does not look at the map, else per explainer.
 
     `batch` (pixels, masks, twins) is needed only where a metric of the group says so.
@@ -140,10 +142,14 @@ def _check_map(explained: ShardExplanations, view: MapView, map_repeat: int) -> 
         raise NotScoredError(ERROR, reason)
     status = map_status(view.map_hw)
     if status != OK:
-        raise NotScoredError(status, "the map has NaN or infinite values" if status == NAN_MAP else "the map is all zero")
+        raise NotScoredError(
+            status, "the map has NaN or infinite values" if status == NAN_MAP else "the map is all zero"
+        )
 
 
-def _known(job: Job, explained: ShardExplanations, batch: ImageBatch | None, row: int, repeat: int, metric: Metric) -> dict[str, Any]:
+def _known(
+    job: Job, explained: ShardExplanations, batch: ImageBatch | None, row: int, repeat: int, metric: Metric
+) -> dict[str, Any]:
     """The fields of an ImageView."""
     needs_pixels, needs_mask, needs_twin = ("image" in metric.needs, "mask" in metric.needs, "twin" in metric.needs)
     if needs_pixels or needs_mask or needs_twin:
@@ -165,12 +171,20 @@ def _known(job: Job, explained: ShardExplanations, batch: ImageBatch | None, row
     }
 
 
-def _image_view(job: Job, explained: ShardExplanations, batch: ImageBatch | None, row: int, repeat: int, metric: Metric) -> ImageView:
+def _image_view(
+    job: Job, explained: ShardExplanations, batch: ImageBatch | None, row: int, repeat: int, metric: Metric
+) -> ImageView:
     return ImageView(**_known(job, explained, batch, row, repeat, metric))
 
 
 def _map_view(
-    job: Job, explained: ShardExplanations, batch: ImageBatch | None, row: int, repeat: int, explainer: str, metric: Metric
+    job: Job,
+    explained: ShardExplanations,
+    batch: ImageBatch | None,
+    row: int,
+    repeat: int,
+    explainer: str,
+    metric: Metric,
 ) -> MapView:
     maps = explained.maps[explainer, job.map_repeat(explainer, repeat)]
     return MapView(

@@ -5,7 +5,7 @@ Shape letters: B images of a shard, N images of one call, C channels, H W pixels
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,10 @@ from xaibatch.explainers.base import Explainer, ExplainInput
 from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.metrics.base import NoisyVariant, TargetVariant, TwinVariant, WeightsVariant
 from xaibatch.models.classifier import Classifier
-from xaibatch.models.load import load_model
 from xaibatch.models.randomise import randomised
 from xaibatch.perturb.expand import expand
 from xaibatch.perturb.runner import PlanRunner, is_out_of_memory
+from xaibatch.pipeline.facts import configured_model
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, Question, ShardExplanations
 from xaibatch.seeding import DrawKey
 from xaibatch.types import ExplanationBatch, Failure, ImageBatch, Shard
@@ -69,13 +69,7 @@ class Session:
         self.device = torch.device(device)
         self.dtype = torch.float64 if job.dtype == "float64" else torch.float32
         config = job.config
-        if model is None:
-            model = load_model(
-                config.model.name,
-                checkpoint=config.model.checkpoint,
-                class_names=job.class_names,
-                pretrained=config.model.pretrained,
-            )
+        model = model or configured_model(config, job.class_names)
         self.model = model.to(device=self.device, dtype=self.dtype)
         self.explainers: dict[str, Explainer] = {}
         for label, options in config.explainers.items():
@@ -273,7 +267,8 @@ class Session:
         answers: dict[int, Answer] = {}
         by_model: defaultdict[WeightsVariant | None, list[int]] = defaultdict(list)
         for index, question in enumerate(questions):
-            by_model[question.ask if isinstance(question.ask, WeightsVariant) else None].append(index)
+            ask = question.ask
+            by_model[replace(ask, noisy=None) if isinstance(ask, WeightsVariant) else None].append(index)
         original = self.model
         for weights, indices in by_model.items():
             items = [self._variant_item(shard, questions[index]) for index in indices]
@@ -300,6 +295,8 @@ class Session:
         image_CHW, ask = held.images_BCHW[question.row], question.ask
         key = self.job.key(held.batch.ids[question.row], question.repeat)
         label = int(held.batch.labels_B[question.row])
+        if isinstance(ask, WeightsVariant) and ask.noisy is not None:
+            ask = ask.noisy
         if isinstance(ask, NoisyVariant):
             noisy_CHW = expand(ask.plan, image_CHW, ask.sample, ask.sample + 1)[0]
             fresh = key if ask.draws == "paired" else key.of_variant(f"noise:{ask.sample}")

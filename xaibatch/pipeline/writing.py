@@ -62,12 +62,16 @@ def write_scores(
         for row, image_id in enumerate(explained.ids)
     }
     targets = {
-        (image_id, label, repeat): job.class_names[int(explained.maps[label, job.map_repeat(label, repeat)].targets_B[row])]
+        (image_id, label, repeat): job.class_names[
+            int(explained.maps[label, job.map_repeat(label, repeat)].targets_B[row])
+        ]
         for row, image_id in enumerate(explained.ids)
         for label in job.config.explainers
         for repeat in range(job.config.repeats)
     }
-    job.folder.write_part("scores", group.part(shard), schema.scores_table(scores, run=job.run, images=images, targets=targets))
+    job.folder.write_part(
+        "scores", group.part(shard), schema.scores_table(scores, run=job.run, images=images, targets=targets)
+    )
 
 
 def _name(job: Job, label: int) -> str | None:
