@@ -140,7 +140,8 @@ def make_record(folder: RunFolder, design: Design, images: Sequence[Mapping[str,
         "created": "2026-01-02T03:04:05+00:00",
         "digest": "0" * 64,
         "config": {"seed": design.seed, "repeats": design.repeats, "target": "predicted",
-                   "model": {"name": "vit_tiny_patch16_224"}, "data": {"path": None}, "maps": {"upsampling": "bilinear", "normalise": "none"}},
+                   "model": {"name": "vit_tiny_patch16_224"}, "data": {"path": None},
+                   "maps": {"upsampling": "bilinear", "normalise": "none"}},
         "model": {"name": "vit_tiny_patch16_224", "class_names": list(CLASSES), "patch_size": 16, "checksum": "ab" * 32,
                   "preprocessing": {"image_size": [224, 224]}},
         "data": {"path": None, "root": "", "num_images": len(images), "num_patients": len(patients) or None,
@@ -194,7 +195,8 @@ def maps(run: str, images: Sequence[Mapping[str, Any]], design: Design) -> pa.Ta
                 rows.append(
                     {
                         "run": run, "image_id": fact["image_id"], "explainer": label, "repeat": repeat,
-                        "target": fact["predicted"], "granularity": EXPLAINERS[label]["granularity"], "rows": 14, "columns": 14,
+                        "target": fact["predicted"], "granularity": EXPLAINERS[label]["granularity"],
+                        "rows": 14, "columns": 14,
                         "map": (grid / scale).astype(np.float16).ravel(), "scale": scale, "status": "ok",
                         "extras": [("r2", float(draws.random()))] if label == "lime" else [],
                     }

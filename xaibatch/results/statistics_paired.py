@@ -89,11 +89,12 @@ def compare(
     for k, sign in enumerate(signs_K):
         column = differences_IK[np.isfinite(differences_IK[:, k]), k]
         method = methods[k]
-        verdict = _verdict(float(means[k]), float(corrected[k]), sign, alpha)
+        interval = Interval(low=lows[k], high=highs[k], method=method) if method else None
+        verdict = _verdict(float(means[k]), interval, float(corrected[k]), sign, alpha)
         comparisons.append(
             Comparison(
                 mean_difference=float(means[k]),
-                interval=Interval(low=lows[k], high=highs[k], method=method) if method else None,
+                interval=interval,
                 effect_size=_effect_size(column),
                 wins=float((column * (sign or 1) > 0).mean() + 0.5 * (column == 0).mean()) if column.size else np.nan,
                 p_value=float(p_values[k]) if testable[k] else None,
@@ -151,14 +152,11 @@ def holm(p_values_K: NDArray[np.float64]) -> NDArray[np.float64]:
     >>> holm(np.array([0.01, np.nan, 0.04, 0.03])).round(3).tolist()
     [0.03, nan, 0.06, 0.06]
     """
-    from statsmodels.stats.multitest import (
-        multipletests,
-    )  # 0.3 s to import, needed only where there is something to correct
-
     corrected = np.full(len(p_values_K), np.nan)
-    tested = np.isfinite(p_values_K)
-    if tested.any():
-        corrected[tested] = multipletests(p_values_K[tested], method="holm")[1]
+    tested = np.flatnonzero(np.isfinite(p_values_K))
+    order = tested[np.argsort(p_values_K[tested], kind="stable")]
+    stepped = np.maximum.accumulate(p_values_K[order] * np.arange(len(order), 0, -1))
+    corrected[order] = np.minimum(stepped, 1.0)
     return corrected
 
 
@@ -174,10 +172,12 @@ def images_needed(effect: float, num_tests: int, alpha: float, power: float) -> 
     return ((z + float(ndtri(power))) / effect) ** 2 + z * z / 2
 
 
-def _verdict(mean: float, p_holm: float, sign: int, alpha: float) -> Verdict:
-    if not np.isfinite(p_holm):
+def _verdict(mean: float, interval: Interval | None, p_holm: float, sign: int, alpha: float) -> Verdict:
+    """Decided where both the corrected p-value and the interval say so: the first is exact for explainers that are
+    exchangeable, the second allows for skewed differences of explainers that are alike in the mean only."""
+    if interval is None:
         return "too few"
-    if p_holm >= alpha or mean == 0:
+    if p_holm >= alpha or interval.low <= 0 <= interval.high:
         return "undecided"
     if sign == 0:
         return "higher" if mean > 0 else "lower"

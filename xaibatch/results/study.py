@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xaibatch.results.cube import Group, ScoreCube
+from xaibatch.results.ranks import Ranking, rank
 from xaibatch.results.statistics import Summary, summarise
 from xaibatch.results.statistics_paired import Comparison, compare
+from xaibatch.results.statistics_repeats import NoiseShare, noise_share
 
 FLOOR_MARKS: Mapping[str, str] = {"undecided": "†", "worse": "‡", "too few": "?"}
 """Verdict against the random map -> mark beside a score: not distinguishable from it, worse than it, too few to
@@ -71,3 +73,33 @@ def _columns(values_PMI: NDArray[np.float64], group: Group) -> NDArray[np.float6
     """(P,M,I) -> the group's images as rows and (p, m) pairs as columns."""
     chosen = values_PMI[:, :, group.rows_I]
     return chosen.reshape(-1, chosen.shape[-1]).T
+
+
+def rankings(cube: ScoreCube, group: Group, *, seed: int) -> tuple[Ranking, ...]:
+    """One ranking per metric that has a direction and enough images, in the cube's order."""
+    means_EMI = cube.image_means()
+    found = []
+    for m, metric in enumerate(cube.metrics):
+        if metric.sign:
+            values_IE = means_EMI[:, m, group.rows_I].T
+            ranking = rank(
+                values_IE,
+                cube.clusters_I[group.rows_I],
+                metric.sign,
+                metric=metric.label,
+                explainers=cube.explainers,
+                seed=seed,
+            )
+            found += [ranking] if ranking else []
+    return tuple(found)
+
+
+def noise_shares(cube: ScoreCube, *, seed: int) -> dict[tuple[str, str], NoiseShare]:
+    """(explainer, metric) -> share of sampling noise, where the run has repeats."""
+    shares = {}
+    for e, explainer in enumerate(cube.explainers):
+        for m, metric in enumerate(cube.metrics):
+            share = noise_share(cube.values_EMIR[e, m], cube.clusters_I, seed=seed)
+            if share:
+                shares[explainer, metric.label] = share
+    return shares
