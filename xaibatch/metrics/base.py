@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from xaibatch.errors import NotScoredError
 from xaibatch.maps import MapOptions, pixel_map
 from xaibatch.options import Options, validated
-from xaibatch.perturb.plans import PerturbationPlan, UniformNoisePlan
+from xaibatch.perturb.plans import GaussianNoisePlan, PerturbationPlan, UniformNoisePlan
 from xaibatch.registry import Registry
 from xaibatch.seeding import DrawKey
 from xaibatch.types import MISSING_LABEL, MISSING_MASK, MISSING_TWIN
@@ -43,10 +43,12 @@ class ImageView:
     logits_K: NDArray[np.float64]
     image_CHW: NDArray[np.floating] | None = None
     twin_CHW: NDArray[np.floating] | None = None
-    """The lesion-free twin (normalised), where a metric needs it and the image has one; then `image_CHW` is there too."""
+    """The lesion-free twin (normalised), where a metric needs it and the image has one; then `image_CHW` too."""
     masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     patch_size: int = 16
     """Side of a patch token in pixels, for patch-aligned plans."""
+    target: int = -1
+    """The explained class where it is the same for all explainers, -1 where that is not known."""
 
     def scored_class(self, which: Literal["label", "predicted"]) -> int:
         """The class whose output a faithfulness metric reads; raises NotScoredError if the label is unknown."""
@@ -72,7 +74,7 @@ class ImageView:
         return self.image_CHW
 
     def changed_HW(self) -> NDArray[np.float64]:
-        """Mean absolute difference to the lesion-free twin over channels, (H,W); raises NotScoredError without a twin."""
+        """Mean absolute difference to the lesion-free twin over channels, (H,W); NotScoredError without a twin."""
         if self.twin_CHW is None or not np.isfinite(self.twin_CHW).all():
             raise NotScoredError(MISSING_TWIN, "the image has no lesion-free twin")
         difference = np.abs(np.asarray(self.image(), np.float64) - self.twin_CHW)
@@ -84,8 +86,8 @@ class ImageView:
 class MapView(ImageView):
     """An image and one explainer's map of it.
 
-    map_hw is the explainer's own map (token grid or pixels); `pixels_HW` is that map at pixel resolution (float64) after the
-    run's upsampling and normalisation, which is what Quantus would be given.
+    map_hw is the explainer's own map (token grid or pixels); `pixels_HW` is that map at pixel resolution (float64)
+    after the run's upsampling and normalisation, which is what Quantus would be given.
     """
 
     explainer: str
@@ -100,9 +102,10 @@ class MapView(ImageView):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoisyVariant:
-    """Copy `sample` of a noise plan; its explanation targets the class predicted for that very copy, or the original's."""
+    """Copy `sample` of a noise plan; its explanation targets the class predicted for that very copy, or the
+    original's."""
 
-    plan: UniformNoisePlan
+    plan: UniformNoisePlan | GaussianNoisePlan
     sample: int
     target: Literal["as_configured", "original"] = "as_configured"
     draws: Literal["fresh", "paired"] = "fresh"
@@ -123,6 +126,8 @@ class WeightsVariant:
     order: Literal["top_down", "bottom_up", "independent"]
     num_layers: int
     seed: int
+    noisy: NoisyVariant | None = None
+    """Explain this noisy copy instead of the image itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +196,15 @@ class PlanMetric(Metric):
 
     plan_uses_map: bool = True
     """False: one plan serves all explainers. An instance may differ from its class where an option decides."""
+
+    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
+        """How many copies of an image of this shape the plan runs, for the estimate before a run."""
+        return 0
+
+    def num_forward_passes(
+        self, num_explainers: int, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16
+    ) -> int:
+        return self.num_copies(shape_CHW, patch_size) * (num_explainers if self.plan_uses_map else 1)
 
     @abstractmethod
     def plan(self, view: ImageView) -> PerturbationPlan:

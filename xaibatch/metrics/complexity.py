@@ -46,7 +46,7 @@ class Sparseness(MapMetric):
 
 @METRICS.register("complexity")
 class Complexity(MapMetric):
-    """Entropy (nats) of the map's shares |a_i| / sum|a| (Bhatt et al. 2020, definition 3): 0 to ln(N), lower is simpler."""
+    """Entropy (nats) of the shares |a_i| / sum|a| (Bhatt et al. 2020, definition 3): 0 to ln(N), lower is simpler."""
 
     name = "complexity"
     title = "Complexity (entropy)"

@@ -18,13 +18,13 @@ from xaibatch.perturb.plans import Baseline, PerturbationPlan, SubsetPlan, Super
 
 class FaithfulnessCorrelationOptions(MapReading, OutputReading):
     semantics: Literal["quantus-0.6", "paper-2023"] = "quantus-0.6"
-    """What a subset is drawn from when `entries` is not set: channel entries (Quantus 0.6) or whole pixels (the study)."""
+    """What is drawn where `entries` is not set: channel entries (Quantus 0.6) or whole pixels (the study)."""
     num_runs: int = Field(100, ge=2)
     """Random subsets, each one forward pass."""
     subset_size: int | None = Field(None, ge=1)
     """Entries hidden at once; None: 224, or a quarter of the patches where `entries` is `patch`."""
     entries: Literal["pixel", "channel", "patch"] | None = None
-    """What is drawn: `channel` entries of C*H*W, whole `pixel`s of H*W, or whole `patch` tokens. None: by `semantics`."""
+    """What is drawn: `channel` entries of C*H*W, whole `pixel`s of H*W, or `patch` tokens. None: by `semantics`."""
     baseline: Baseline = "black"
     """What a hidden entry becomes."""
     similarity: Correlation = "pearson"
@@ -57,7 +57,7 @@ class FaithfulnessCorrelation(PlanMetric):
     """Quantus's default subset size, in entries."""
 
     def plan(self, view: ImageView) -> PerturbationPlan:
-        """One subset per run, drawn without replacement from the image's key; ValueError-free for any image size."""
+        """One subset per run, drawn without replacement from the image's key; at most as many entries as there are."""
         options, generator = self.options, view.key.generator("faithfulness_correlation")
         channels, height, width = view.shape_CHW
         if options.drawn == "patch":
@@ -79,9 +79,7 @@ class FaithfulnessCorrelation(PlanMetric):
         relevance_S = hidden_relevance(read_map(view.pixels_HW, self.options), plan)
         return correlation(relevance_S, itself - copies_S, self.options.similarity)
 
-    def num_forward_passes(
-        self, num_explainers: int, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16
-    ) -> int:
+    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
         return self.options.num_runs
 
     def cell_key(self) -> str:

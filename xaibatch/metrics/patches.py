@@ -23,4 +23,4 @@ def patch_grid(size: tuple[int, int], patch_size: int) -> NDArray[np.int32]:
 
 def sums_by_segment(values_HW: NDArray[np.floating], segments_HW: NDArray[np.int32]) -> NDArray[np.float64]:
     """Sum of the values over each segment 0..M-1, float64 (M,)."""
-    return np.bincount(segments_HW.ravel(), np.asarray(values_HW, np.float64).ravel())
+    return np.bincount(segments_HW.ravel(), np.asarray(values_HW, np.float64).ravel()).astype(np.float64)

@@ -115,9 +115,10 @@ def quantus_metric(name: str) -> type[QuantusMetric]:
 
 def _quantus_class(name: str) -> Any:
     import quantus
+    from quantus.metrics.base import Metric as QuantusBase
 
     kind = getattr(quantus, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, quantus.Metric)):
+    if not (isinstance(kind, type) and issubclass(kind, QuantusBase)):
         raise UnknownNameError(
             "Quantus metric", name, [key for key, facts in QUANTUS_METRICS.items() if not facts.refused]
         )

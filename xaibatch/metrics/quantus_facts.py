@@ -32,7 +32,8 @@ class QuantusFacts:
 
     @classmethod
     def of(cls, kind: Any) -> "QuantusFacts":
-        """Facts of a class that Quantus 0.6 did not have, from the class itself; its explainer may see changed models."""
+        """Facts of a class that Quantus 0.6 did not have, from the class itself; its explainer may see changed
+        models."""
         families: dict[str, Family] = {
             "Faithfulness": "faithfulness",
             "Robustness": "robustness",
@@ -61,20 +62,17 @@ def _plain(names: str, family: Family, higher_is_better: bool, **facts: bool) ->
 
 
 _ALL: Final = (
-    *_plain("FaithfulnessCorrelation FaithfulnessEstimate Monotonicity MonotonicityCorrelation IROF", "faithfulness", True),
+    *_plain("FaithfulnessCorrelation FaithfulnessEstimate IROF", "faithfulness", True),
+    *_plain("Monotonicity MonotonicityCorrelation", "faithfulness", True),
     *_plain("PixelFlipping RegionPerturbation Selectivity ROAD Infidelity", "faithfulness", False),
     *_plain("SensitivityN Sufficiency BatchSufficiency", "faithfulness", True, across_images=True),
     *_plain("Completeness", "faithfulness", True),
     *_plain("NonSensitivity", "faithfulness", False),
+    *_plain("InputInvariance", "robustness", True, needs_explanations=True, needs_model=True, changes_weights=True),
     *_plain(
-        "InputInvariance", "robustness", True, needs_explanations=True, needs_model=True, changes_weights=True
+        "AvgSensitivity MaxSensitivity LocalLipschitzEstimate Continuity", "robustness", False, needs_explanations=True
     ),
-    *_plain(
-        "AvgSensitivity MaxSensitivity LocalLipschitzEstimate RelativeInputStability RelativeOutputStability Continuity",
-        "robustness",
-        False,
-        needs_explanations=True,
-    ),
+    *_plain("RelativeInputStability RelativeOutputStability", "robustness", False, needs_explanations=True),
     *_plain("RelativeRepresentationStability", "robustness", False, needs_explanations=True, needs_model=True),
     *_plain("Consistency", "robustness", False, across_images=True),
     *_plain("Sparseness", "complexity", True),
@@ -89,7 +87,13 @@ _ALL: Final = (
     *_plain("MPRT", "randomisation", False, needs_explanations=True, needs_model=True, changes_weights=True),
     *_plain("EfficientMPRT", "randomisation", True, needs_explanations=True, needs_model=True, changes_weights=True),
     *_plain(
-        "SmoothMPRT", "randomisation", False, needs_explanations=True, needs_model=True, changes_weights=True, smooths=True
+        "SmoothMPRT",
+        "randomisation",
+        False,
+        needs_explanations=True,
+        needs_model=True,
+        changes_weights=True,
+        smooths=True,
     ),
     QuantusFacts(
         name="Focus",
@@ -97,7 +101,7 @@ _ALL: Final = (
         higher_is_better=True,
         refused="it scores mosaics of four images, and a data set here is read image by image",
     ),
-)  # fmt: skip
+)
 
 QUANTUS_METRICS: Final = MappingProxyType({facts.name: facts for facts in _ALL})
 """Facts by class name."""

@@ -1,8 +1,9 @@
 """A model in, the same model out whose forward pass records gradients even where the caller has switched them off.
 
-Quantus predicts under `torch.no_grad`, where a model that registers tensor hooks inside its forward pass (relevance and
-attention-gradient code does) fails with "cannot register a hook on a tensor that doesn't require gradient". Quantus wraps
-every model it is given in its own PyTorchModel and refuses one that is wrapped already, so the mending sits in the module.
+Quantus predicts under `torch.no_grad`, where a model that registers tensor hooks inside its forward pass (relevance
+and attention-gradient code does) fails with "cannot register a hook on a tensor that doesn't require gradient".
+Quantus wraps every model it is given in its own PyTorchModel and refuses one that is wrapped already, so the mending
+sits in the module.
 """
 
 import copy

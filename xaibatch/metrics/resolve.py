@@ -15,10 +15,10 @@ QUANTUS_PREFIX = "quantus:"
 def resolve_metric(name: str) -> type[Metric]:
     """Return the class that makes the metric `name` from its options.
 
-    `quantus:<Name>` names a Quantus class (`quantus:FaithfulnessCorrelation`); Quantus itself is imported when the metric
-    is scored. `sufficiency` means `quantus:Sufficiency`: it compares the images of one call with each other, so it has no
-    value for one image alone. Raises UnknownNameError with the nearest known name, ConfigError for a `module:Class` that
-    cannot be imported or is no metric.
+    `quantus:<Name>` names a Quantus class (`quantus:FaithfulnessCorrelation`); Quantus itself is imported when the
+    metric is scored. `sufficiency` means `quantus:Sufficiency`: it compares the images of one call with each other,
+    so it has no value for one image alone. Raises UnknownNameError with the nearest known name, ConfigError for a
+    `module:Class` that cannot be imported or is no metric.
     """
     if name in METRICS:
         return METRICS[name]

@@ -13,7 +13,7 @@ from pydantic import Field
 from xaibatch.errors import NotScoredError
 from xaibatch.metrics.base import METRICS, ImageView, MapView, NoisyVariant, VariantMetric, VariantView
 from xaibatch.metrics.reading import MapReading, read_map
-from xaibatch.perturb.plans import UniformNoisePlan
+from xaibatch.perturb.plans import GaussianNoisePlan, UniformNoisePlan
 from xaibatch.types import CHANGED_PREDICTION, ZERO_DENOMINATOR
 
 
@@ -40,12 +40,11 @@ class SensitivityOptions(NoisyCopies):
     """Noise is uniform in [-radius, radius) per channel entry, in units of the normalised image."""
 
 
-def noisy_variants(view: ImageView, low: float, high: float, options: NoisyCopies) -> tuple[NoisyVariant, ...]:
-    """One variant per noisy copy. The noise of a copy depends on image, repeat and its number only, never on how many."""
-    plan = UniformNoisePlan(key=view.key, num_samples=options.num_samples, low=low, high=high)
+def noisy_variants(plan: UniformNoisePlan | GaussianNoisePlan, options: NoisyCopies) -> tuple[NoisyVariant, ...]:
+    """One variant per noisy copy. A copy's noise depends on image, repeat and its number only, never on how many."""
     return tuple(
         NoisyVariant(plan=plan, sample=sample, target=options.target, draws=options.draws)
-        for sample in range(options.num_samples)
+        for sample in range(plan.num_samples)
     )
 
 
@@ -72,8 +71,8 @@ def copies_maps(answers: tuple[VariantView, ...], reading: MapReading) -> Iterat
 class Sensitivity(VariantMetric):
     """Relative change ||map - map of copy|| / norm for each noisy copy; subclasses reduce the copies to one score.
 
-    Yeh et al. 2019, definition 2 has the bare maximum of ||map - map'|| over a ball; dividing by the map's norm (Quantus
-    0.6) or the image's (the study) makes explainers of different scale comparable only in the first form.
+    Yeh et al. 2019, definition 2 has the bare maximum of ||map - map'|| over a ball. Dividing by the map's norm
+    (Quantus 0.6) makes explainers of different scale comparable; dividing by the image's (the study) does not.
     """
 
     family = "robustness"
@@ -89,7 +88,9 @@ class Sensitivity(VariantMetric):
             self.needs = self.needs | {"image"}
 
     def variants(self, view: ImageView) -> tuple[NoisyVariant, ...]:
-        return noisy_variants(view, -self.options.radius, self.options.radius, self.options)
+        radius, num_samples = self.options.radius, self.options.num_samples
+        plan = UniformNoisePlan(key=view.key, num_samples=num_samples, low=-radius, high=radius)
+        return noisy_variants(plan, self.options)
 
     def num_variants(self) -> int:
         return self.options.num_samples

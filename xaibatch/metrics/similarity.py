@@ -4,7 +4,7 @@ A coefficient that is undefined (a constant vector) raises NotScoredError instea
 Shape letters: N entries.
 """
 
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +81,7 @@ def structural_similarity(
     return float(similarity.mean())
 
 
-def window_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+def window_mean(values: NDArray[Any], window: int) -> NDArray[np.float64]:
     """Mean over every full window of `window` entries along each axis; each axis shrinks by window - 1."""
     for axis in range(values.ndim):
         values = np.lib.stride_tricks.sliding_window_view(values, window, axis).mean(-1)

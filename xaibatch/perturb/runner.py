@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import xaibatch.perturb.expand_imputation  # noqa: F401  registers its plan kinds
 from xaibatch.errors import XaibatchError
 from xaibatch.perturb.expand import Expander, prepare
 from xaibatch.perturb.plans import PerturbationPlan

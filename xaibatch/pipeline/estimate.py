@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from xaibatch.errors import NotScoredError
-from xaibatch.metrics.base import ImageView, VariantMetric
+from xaibatch.metrics.base import VariantMetric
 from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.work import ShardWork
@@ -60,16 +57,5 @@ def _group_size(job: Job, group: MetricGroup) -> tuple[int, int]:
     """Variants to explain and perturbed copies to run, per image and repeat."""
     metric = job.metrics[group.metrics[0]]
     if isinstance(metric, VariantMetric):
-        num_classes = len(job.class_names)
-        view = ImageView(
-            key=job.key("", 0),
-            shape_CHW=(3, job.patch_size, job.patch_size),
-            label=0,
-            predicted=0,
-            logits_K=np.arange(num_classes, dtype=np.float64)[::-1],
-        )
-        try:
-            return len(metric.variants(view)), 0
-        except NotScoredError:
-            return 0, 0
+        return metric.num_variants(), 0
     return 0, metric.num_forward_passes(len(job.config.explainers))

@@ -174,7 +174,9 @@ def _known(
 def _image_view(
     job: Job, explained: ShardExplanations, batch: ImageBatch | None, row: int, repeat: int, metric: Metric
 ) -> ImageView:
-    return ImageView(**_known(job, explained, batch, row, repeat, metric))
+    targets = {int(maps.targets_B[row]) for maps in explained.maps.values()}
+    target = targets.pop() if len(targets) == 1 else -1
+    return ImageView(**_known(job, explained, batch, row, repeat, metric), target=target)
 
 
 def _map_view(

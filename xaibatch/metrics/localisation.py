@@ -1,0 +1,210 @@
+"""A map and a mask of what should matter in, how well the one finds the other out. No model, no perturbation.
+
+Shape letters: H W pixels, N = H*W.
+"""
+
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from xaibatch.errors import NotScoredError
+from xaibatch.metrics.base import METRICS, MapMetric, MapView
+from xaibatch.metrics.curves import order_of
+from xaibatch.metrics.reading import MapReading, positive_mass, read_map
+from xaibatch.metrics.similarity import mean_ranks
+from xaibatch.options import Options
+from xaibatch.types import ZERO_DENOMINATOR
+
+
+class MaskedMap(MapReading):
+    """Options of every metric that compares a map with a mask."""
+
+    mask: str = "lesion"
+    """Name of the mask; an image without it, or with an empty one, is not scored."""
+
+
+class LocalisationMetric(MapMetric):
+    """Base: which map and mask are compared."""
+
+    family = "localisation"
+    higher_is_better = True
+    bounds = (0.0, 1.0)
+    needs = frozenset({"mask"})
+    Options: ClassVar[type[Options]] = MaskedMap
+    options: Any
+
+    def read(self, view: MapView) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """The map (N,) as the options want it, and the mask (N,)."""
+        mask_HW = view.mask(self.options.mask)
+        return read_map(view.pixels_HW, self.options).ravel(), mask_HW.ravel()
+
+
+class PointingGameOptions(MaskedMap):
+    weighted: bool = False
+    """A hit counts 1 - (the mask's share of the image) instead of 1. Quantus stores that in a truth value, so it counts
+    1 there all the same."""
+
+
+@METRICS.register("pointing_game")
+class PointingGame(LocalisationMetric):
+    """1 if the map's largest value lies in the mask, else 0 (Zhang et al. 2018, section 4.1); any of several equal
+    ones.
+
+    No tolerance in pixels, as in Quantus (the paper: 15).
+    """
+
+    name = "pointing_game"
+    title = "Pointing Game"
+    paper = "Zhang et al. 2018, Top-down neural attention by excitation backprop, section 4.1"
+    Options = PointingGameOptions
+    options: PointingGameOptions
+
+    def score(self, view: MapView) -> float:
+        values_N, mask_N = self.read(view)
+        hit = bool(mask_N[values_N == values_N.max()].any())
+        return hit * (1 - float(mask_N.mean()) if self.options.weighted else 1.0)
+
+
+class TopKIntersectionOptions(MaskedMap):
+    k: int = Field(1000, ge=1)
+    """How many of the most relevant pixels are looked at."""
+    concept_influence: bool = False
+    """Multiply by pixels / mask pixels, so that 1 is what a random map gets."""
+
+
+@METRICS.register("top_k_intersection")
+class TopKIntersection(LocalisationMetric):
+    """Share of the k most relevant pixels that lie in the mask (Theiner et al. 2022, equation 1)."""
+
+    name = "top_k_intersection"
+    title = "Top-K Intersection"
+    paper = "Theiner et al. 2022, Interpretable semantic photo geolocation, equation 1"
+    bounds = (0.0, float("inf"))
+    Options = TopKIntersectionOptions
+    options: TopKIntersectionOptions
+
+    def score(self, view: MapView) -> float:
+        values_N, mask_N = self.read(view)
+        share = float(mask_N[order_of(values_N, "descending")[: self.options.k]].mean())
+        return share * len(mask_N) / float(mask_N.sum()) if self.options.concept_influence else share
+
+
+@METRICS.register("relevance_mass_accuracy")
+class RelevanceMassAccuracy(LocalisationMetric):
+    """Relevance in the mask over all relevance (Arras et al. 2022, equation 13); in [0, 1] for maps without negative
+    values, unbounded where positive and negative relevance nearly cancel."""
+
+    name = "relevance_mass_accuracy"
+    title = "Relevance Mass Accuracy"
+    paper = "Arras et al. 2022, CLEVR-XAI: a benchmark dataset for the ground truth evaluation of explanations, eq. 13"
+    bounds = (float("-inf"), float("inf"))
+
+    def score(self, view: MapView) -> float:
+        values_N, mask_N = self.read(view)
+        return _ratio(float(values_N[mask_N].sum()), float(values_N.sum()), "the signed map sums to zero")
+
+
+@METRICS.register("relevance_rank_accuracy")
+class RelevanceRankAccuracy(LocalisationMetric):
+    """Share of the mask found by as many of the most relevant pixels as it has (Arras et al. 2022, equation 14)."""
+
+    name = "relevance_rank_accuracy"
+    title = "Relevance Rank Accuracy"
+    paper = "Arras et al. 2022, CLEVR-XAI: a benchmark dataset for the ground truth evaluation of explanations, eq. 14"
+
+    def score(self, view: MapView) -> float:
+        values_N, mask_N = self.read(view)
+        size = int(mask_N.sum())
+        return float(mask_N[order_of(values_N, "descending")[:size]].sum()) / size
+
+
+class AttributionLocalisationOptions(MaskedMap):
+    abs: bool = True
+    positive_attributions: bool = False
+    """Count positive relevance only."""
+    weighted: bool = False
+    """Multiply by image size / mask size, the paper's weighted form (Quantus multiplies by the inverse, and takes the
+    image's size from the wrong axis)."""
+
+
+@METRICS.register("attribution_localisation")
+class AttributionLocalisation(LocalisationMetric):
+    """Relevance in the mask over all relevance, of |map| by default (Kohlbrenner et al. 2020, equations 6 and 7)."""
+
+    name = "attribution_localisation"
+    title = "Attribution Localisation"
+    paper = "Kohlbrenner et al. 2020, Towards best practice in explaining neural network decisions with LRP, eq. 6, 7"
+    bounds = (0.0, float("inf"))
+    Options = AttributionLocalisationOptions
+    options: AttributionLocalisationOptions
+
+    OFFSET = 1e-9
+    """Added to the total, as the reference does."""
+
+    def score(self, view: MapView) -> float:
+        values_N, mask_N = self.read(view)
+        if self.options.positive_attributions:
+            values_N = np.maximum(values_N, 0)
+        inside, total = float(values_N[mask_N].sum()), float(values_N.sum())
+        share = _ratio(inside, total + self.OFFSET * bool(total), "no relevance to localise")
+        if share > 1:
+            raise NotScoredError(ZERO_DENOMINATOR, f"relevance in the mask ({inside:g}) exceeds the total ({total:g})")
+        return share / float(mask_N.mean()) if self.options.weighted else share
+
+
+@METRICS.register("localisation_auc")
+class LocalisationAuc(LocalisationMetric):
+    """Area under the ROC curve of the map as a detector of the mask's pixels: 0.5 is chance (Fawcett 2006).
+
+    Equal to the share of (inside, outside) pairs in which the inside pixel has more relevance, ties counting half.
+    """
+
+    name = "localisation_auc"
+    title = "Localisation AUC"
+    paper = "Fawcett 2006, An introduction to ROC analysis"
+
+    def score(self, view: MapView) -> float:
+        values_N, mask_N = self.read(view)
+        inside, outside = int(mask_N.sum()), int((~mask_N).sum())
+        if outside == 0:
+            raise NotScoredError(ZERO_DENOMINATOR, "the mask covers the whole image: there is no outside")
+        rank_sum = float(mean_ranks(values_N)[mask_N].sum())
+        return (rank_sum - inside * (inside + 1) / 2) / (inside * outside)
+
+
+class LungOptions(Options):
+    mask: str = "lung"
+    """Name of the mask of both lungs."""
+
+
+@METRICS.register("relevance_outside_lungs")
+class RelevanceOutsideLungs(MapMetric):
+    """Share of the positive relevance that lies outside the lungs, 0 to 1: what a model that cheats looks at.
+
+    The explainer's own positive part counts, before the run's normalisation. Compare with the share of the image that
+    lies outside the lungs, which a map without preference gets. After the lung-mask check of COVID-QU-Ex studies
+    (Tahir et al. 2021).
+    """
+
+    name = "relevance_outside_lungs"
+    title = "Relevance outside the lungs"
+    family = "localisation"
+    paper = "after Tahir et al. 2021, COVID-19 infection localization and severity grading from chest X-ray images"
+    higher_is_better = False
+    bounds = (0.0, 1.0)
+    needs = frozenset({"mask"})
+    Options = LungOptions
+    options: LungOptions
+
+    def score(self, view: MapView) -> float:
+        mask_HW = view.mask(self.options.mask)
+        mass_HW = positive_mass(view)
+        return _ratio(float(mass_HW[~mask_HW].sum()), float(mass_HW.sum()), "the map has no positive relevance")
+
+
+def _ratio(part: float, total: float, reason: str) -> float:
+    if total == 0:
+        raise NotScoredError(ZERO_DENOMINATOR, reason)
+    return part / total

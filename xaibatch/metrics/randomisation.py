@@ -1,0 +1,253 @@
+"""Maps for another class or of a model with new weights in, how alike they are to the map out: sanity checks.
+
+Shape letters: H W pixels, K classes, V variants.
+"""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from xaibatch.errors import NotScoredError
+from xaibatch.maps import pixel_map
+from xaibatch.metrics.base import (
+    METRICS,
+    ImageView,
+    MapView,
+    NoisyVariant,
+    TargetVariant,
+    Variant,
+    VariantMetric,
+    VariantView,
+    WeightsVariant,
+)
+from xaibatch.metrics.reading import MapReading, read_map
+from xaibatch.metrics.similarity import correlation, structural_similarity
+from xaibatch.perturb.plans import GaussianNoisePlan
+from xaibatch.types import ZERO_DENOMINATOR
+
+Similarity = Literal["ssim", "ssim_flat", "pearson", "spearman"]
+"""How alike two maps are: structural similarity of the maps, or of their pixels in one row (Quantus), or
+correlations."""
+
+
+def map_similarity(a_HW: NDArray[np.float64], b_HW: NDArray[np.float64], how: Similarity) -> float:
+    """Similarity of two maps, 1 for equal ones, in [-1, 1]."""
+    if how == "ssim":
+        return structural_similarity(a_HW, b_HW)
+    if how == "ssim_flat":
+        return structural_similarity(a_HW.ravel(), b_HW.ravel())
+    return correlation(a_HW.ravel(), b_HW.ravel(), how)
+
+
+class RandomLogitOptions(MapReading):
+    semantics: Literal["quantus-0.6", "sixt-2020"] = "quantus-0.6"
+    """`quantus-0.6`: structural similarity of the maps' pixels laid out in one row; `sixt-2020`: of the maps."""
+    similarity: Similarity | None = None
+    """None: by `semantics`."""
+
+
+@METRICS.register("random_logit")
+class RandomLogit(VariantMetric):
+    """Similarity of the map to the map for another class, drawn at random; a map that depends on the class scores low.
+
+    Sixt et al. 2020, section 4.2. Quantus draws the class from NumPy's global stream, seeded anew for every batch, so
+    that it depends on the place in the batch; here it hangs on the image.
+    """
+
+    name = "random_logit"
+    title = "Random Logit"
+    family = "randomisation"
+    paper = "Sixt et al. 2020, When explanations lie: why many modified BP attributions fail, section 4.2"
+    higher_is_better = False
+    bounds = (-1.0, 1.0)
+    Options = RandomLogitOptions
+    options: RandomLogitOptions
+
+    def variants(self, view: ImageView) -> tuple[TargetVariant, ...]:
+        explained = view.target if view.target >= 0 else view.predicted
+        others = np.delete(np.arange(len(view.logits_K)), explained)
+        if len(others) == 0:
+            raise NotScoredError(ZERO_DENOMINATOR, "the model has one class only: there is no other to explain")
+        return (TargetVariant(target=int(view.key.generator("random_logit").choice(others))),)
+
+    def num_variants(self) -> int:
+        return 1
+
+    def score(self, view: MapView, answers: tuple[VariantView, ...]) -> float:
+        how: Similarity = self.options.similarity or (
+            "ssim_flat" if self.options.semantics == "quantus-0.6" else "ssim"
+        )
+        other_HW = read_map(answers[0].pixels_HW, self.options)
+        return map_similarity(read_map(view.pixels_HW, self.options), other_HW, how)
+
+    def cell_key(self) -> str:
+        return "random logit"
+
+
+class MprtOptions(MapReading):
+    abs: bool = True
+    order: Literal["top_down", "bottom_up", "independent"] = "top_down"
+    """Layers re-initialised from the head down, from the input up (both cascading), or one at a time."""
+    stages: tuple[int, ...] = Field((2, 8, 14, 26, 50, -1), min_length=1)
+    """How many layers are re-initialised at each stage, -1 all of them. The default is a ViT's head and last norm, then
+    one, two, four and eight of its blocks too, then everything. Quantus goes through every layer."""
+    seed: int = 42
+    """Seed of the new weights, the same for all images."""
+    similarity: Similarity = "spearman"
+
+
+@METRICS.register("mprt")
+class Mprt(VariantMetric):
+    """Mean similarity over the stages of the map to the map of the model with new weights; a faithful map scores low.
+
+    Adebayo et al. 2018, section 4 (model parameter randomisation test). Quantus's average also counts the unchanged
+    model, which compares the map with itself; here it does not.
+    """
+
+    name = "mprt"
+    title = "Model Parameter Randomisation Test"
+    family = "randomisation"
+    paper = "Adebayo et al. 2018, Sanity checks for saliency maps, section 4"
+    higher_is_better = False
+    bounds = (-1.0, 1.0)
+    Options = MprtOptions
+    options: MprtOptions
+
+    def variants(self, view: ImageView) -> tuple[Variant, ...]:
+        return tuple(
+            WeightsVariant(order=self.options.order, num_layers=stage, seed=self.options.seed)
+            for stage in self.options.stages
+        )
+
+    def num_variants(self) -> int:
+        return len(self.options.stages)
+
+    def similarities(self, view: MapView, answers: tuple[VariantView, ...]) -> NDArray[np.float64]:
+        """Similarity of the map to that of each stage (V,)."""
+        original_HW = read_map(view.pixels_HW, self.options)
+        return np.array(
+            [
+                map_similarity(original_HW, read_map(answer.pixels_HW, self.options), self.options.similarity)
+                for answer in answers
+            ]
+        )
+
+    def score(self, view: MapView, answers: tuple[VariantView, ...]) -> float:
+        return float(self.similarities(view, answers).mean())
+
+    def cell_key(self) -> str:
+        options = self.options
+        return f"weights:{options.order}:{options.stages}:{options.seed}"
+
+
+class EfficientMprtOptions(MapReading):
+    normalise: bool = False
+    num_bins: int = Field(100, ge=2)
+    """Bins of the histogram whose entropy is taken."""
+    seed: int = 42
+    """Seed of the new weights, the same for all images."""
+
+
+@METRICS.register("efficient_mprt")
+class EfficientMprt(VariantMetric):
+    """Relative rise of the map's complexity when all weights are new: (H' - H) / H; a faithful map's complexity rises.
+
+    Hedström et al. 2023, equation 6, with the entropy (nats) of the map's histogram.
+    """
+
+    name = "efficient_mprt"
+    title = "Efficient MPRT"
+    family = "randomisation"
+    paper = "Hedström et al. 2023, Sanity checks revisited: an exploration to repair the MPRT, equation 6"
+    higher_is_better = True
+    bounds = (-1.0, float("inf"))
+    Options = EfficientMprtOptions
+    options: EfficientMprtOptions
+
+    def variants(self, view: ImageView) -> tuple[Variant, ...]:
+        return (WeightsVariant(order="bottom_up", num_layers=-1, seed=self.options.seed),)
+
+    def num_variants(self) -> int:
+        return 1
+
+    def score(self, view: MapView, answers: tuple[VariantView, ...]) -> float:
+        maps = (view.pixels_HW, answers[0].pixels_HW)
+        before, after = (histogram_entropy(read_map(m, self.options), self.options.num_bins) for m in maps)
+        if before == 0:
+            raise NotScoredError(ZERO_DENOMINATOR, "the map's histogram has one filled bin only: its entropy is zero")
+        return (after - before) / before
+
+    def cell_key(self) -> str:
+        return f"weights:bottom_up:(-1,):{self.options.seed}"
+
+
+def histogram_entropy(values_HW: NDArray[np.float64], num_bins: int) -> float:
+    """Entropy (nats) of the histogram of the map's values, bins from the smallest to the largest."""
+    counts, _ = np.histogram(values_HW, num_bins)
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+class SmoothMprtOptions(MprtOptions):
+    order: Literal["top_down", "bottom_up", "independent"] = "bottom_up"
+    stages: tuple[int, ...] = Field((-1,), min_length=1)
+    num_samples: int = Field(10, ge=2)
+    """Maps averaged for each model: noisy copies, and the image itself as the last (Quantus: 50)."""
+    noise_magnitude: float = Field(0.1, gt=0)
+    """Standard deviation of the noise, as a share of the image's range."""
+    draws: Literal["fresh", "paired"] = "fresh"
+    """Random numbers of an explainer that needs some: new ones for each noisy copy, or the image's own."""
+
+
+@METRICS.register("smooth_mprt")
+class SmoothMprt(VariantMetric):
+    """As `mprt`, each map being the mean of maps of noisy copies, which takes out the noise of gradient maps.
+
+    Hedström et al. 2023, equation 5. The explainer's own maps are averaged, then brought to pixels. Quantus 0.6 calls
+    `quantus.explain` for the noisy copies and ignores the explainer it was given.
+    """
+
+    name = "smooth_mprt"
+    title = "Smooth MPRT"
+    family = "randomisation"
+    paper = "Hedström et al. 2023, Sanity checks revisited: an exploration to repair the MPRT, equation 5"
+    higher_is_better = False
+    bounds = (-1.0, 1.0)
+    needs = frozenset({"image"})
+    Options = SmoothMprtOptions
+    options: SmoothMprtOptions
+
+    def variants(self, view: ImageView) -> tuple[Variant, ...]:
+        """The noisy copies of the model itself, then for each stage its noisy copies and the image."""
+        options, image_CHW = self.options, view.image()
+        std = options.noise_magnitude * float(image_CHW.max() - image_CHW.min())
+        plan = GaussianNoisePlan(key=view.key, num_samples=options.num_samples - 1, mean=0.0, std=std)
+        noisy = [
+            NoisyVariant(plan=plan, sample=sample, target="original", draws=options.draws)
+            for sample in range(plan.num_samples)
+        ]
+        changed = [
+            WeightsVariant(order=options.order, num_layers=stage, seed=options.seed, noisy=copy)
+            for stage in options.stages
+            for copy in [*noisy, None]
+        ]
+        return (*noisy, *changed)
+
+    def num_variants(self) -> int:
+        return self.options.num_samples - 1 + len(self.options.stages) * self.options.num_samples
+
+    def score(self, view: MapView, answers: tuple[VariantView, ...]) -> float:
+        per_model = self.options.num_samples
+        itself = [answer.map_hw for answer in answers[: per_model - 1]]
+        smooth_HW = self._smoothed(view, [*itself, view.map_hw])
+        similarities = []
+        for first in range(per_model - 1, len(answers), per_model):
+            maps = [answer.map_hw for answer in answers[first : first + per_model]]
+            similarities.append(map_similarity(smooth_HW, self._smoothed(view, maps), self.options.similarity))
+        return float(np.mean(similarities))
+
+    def _smoothed(self, view: MapView, maps: list[NDArray[np.floating]]) -> NDArray[np.float64]:
+        mean_hw = np.mean(np.asarray(maps, np.float64), 0)
+        return read_map(pixel_map(mean_hw, view.shape_CHW[1:], view.map_options), self.options)

@@ -1,0 +1,185 @@
+"""Whole regions of the image removed one after another: Region Perturbation, Selectivity, IROF.
+
+Shape letters: C channels, H W pixels, M regions, S steps.
+"""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from xaibatch.errors import NotScoredError
+from xaibatch.metrics.base import METRICS, ImageView, MapView, PlanMetric
+from xaibatch.metrics.curves import Area, order_of
+from xaibatch.metrics.patches import patch_grid, sums_by_segment
+from xaibatch.metrics.reading import MapReading, Output, OutputReading, outputs, read_map
+from xaibatch.perturb.plans import Baseline, PerturbationPlan, SuperpixelPlan
+from xaibatch.types import ZERO_DENOMINATOR
+
+
+def removal_of_regions(
+    segments_HW: NDArray[np.int32], order_M: NDArray[np.int32], num_steps: int, baseline: Baseline
+) -> SuperpixelPlan:
+    """Copy s lacks the first s + 1 regions of the order."""
+    rank_M = np.empty(len(order_M), np.int32)
+    rank_M[order_M] = np.arange(len(order_M), dtype=np.int32)
+    keep_SM = rank_M > np.arange(min(num_steps, len(order_M)))[:, None]
+    return SuperpixelPlan(segments_HW=segments_HW, keep_SM=keep_SM, baseline=baseline)
+
+
+class PatchOptions(MapReading, OutputReading, Area):
+    output: Output = "probability"
+    patch_size: int | None = Field(None, ge=1)
+    """Side of a square region in pixels; None: the model's token (Quantus: 8)."""
+    baseline: Baseline = "black"
+    """What a removed region becomes, from the unchanged image."""
+
+    def grid(self, view: ImageView) -> NDArray[np.int32]:
+        """Number of the region that each pixel lies in (H,W)."""
+        return patch_grid((view.shape_CHW[1], view.shape_CHW[2]), self.patch_size or view.patch_size)
+
+    def num_patches(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
+        """Regions of an image of this shape."""
+        side = self.patch_size or patch_size
+        return -(-shape_CHW[1] // side) * -(-shape_CHW[2] // side)
+
+
+class RegionPerturbationOptions(PatchOptions):
+    order: Literal["morf", "lerf", "random"] = "morf"
+    """Most relevant region first, least relevant first, or in an order drawn from the image's key."""
+    regions_evaluation: int = Field(100, ge=1)
+    """Regions removed at most."""
+
+
+@METRICS.register("region_perturbation")
+class RegionPerturbation(PlanMetric):
+    """Area under the drop of the output while the most relevant square regions are removed; a good map makes it large.
+
+    Samek et al. 2017, equation 13 (AOPC). As in Quantus the curve starts after the first region. The score is the
+    curve's mean height (`auc="steps"`: the area that Quantus's `get_auc_score` averages). Quantus declares that lower
+    is better, though it measures the drop: higher is better under `morf`, lower under `lerf`.
+    """
+
+    name = "region_perturbation"
+    title = "Region Perturbation (area over the curve)"
+    family = "faithfulness"
+    paper = "Samek et al. 2017, Evaluating the visualization of what a deep neural network has learned, equation 13"
+    higher_is_better = True
+    bounds = (-1.0, 1.0)
+    Options = RegionPerturbationOptions
+    options: RegionPerturbationOptions
+
+    def plan(self, view: ImageView) -> PerturbationPlan:
+        assert isinstance(view, MapView)
+        segments_HW = self.options.grid(view)
+        relevance_M = sums_by_segment(read_map(view.pixels_HW, self.options), segments_HW)
+        if self.options.order == "random":
+            order_M = view.key.generator("region_perturbation").permutation(len(relevance_M)).astype(np.int32)
+        else:
+            order_M = order_of(relevance_M, "descending" if self.options.order == "morf" else "ascending")
+        return removal_of_regions(segments_HW, order_M, self.options.regions_evaluation, self.options.baseline)
+
+    def curve(self, view: MapView, logits_SK: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How far the scored class's output has dropped after each region (S,)."""
+        itself, copies_S = outputs(view, logits_SK, self.options)
+        return itself - copies_S
+
+    def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
+        return self.options.area(self.curve(view, logits_SK))
+
+    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
+        return min(self.options.num_patches(shape_CHW, patch_size), self.options.regions_evaluation)
+
+
+@METRICS.register("selectivity")
+class Selectivity(PlanMetric):
+    """Area under the output while square regions are removed by falling relevance; a good map makes it drop early.
+
+    Montavon et al. 2018, section 7.2. As in Quantus the curve starts after the first region; mean height by default.
+    """
+
+    name = "selectivity"
+    title = "Selectivity (area under the curve)"
+    family = "faithfulness"
+    paper = "Montavon et al. 2018, Methods for interpreting and understanding deep neural networks, section 7.2"
+    higher_is_better = False
+    bounds = (0.0, 1.0)
+    Options = PatchOptions
+    options: PatchOptions
+
+    def plan(self, view: ImageView) -> PerturbationPlan:
+        assert isinstance(view, MapView)
+        segments_HW = self.options.grid(view)
+        relevance_M = sums_by_segment(read_map(view.pixels_HW, self.options), segments_HW)
+        order_M = order_of(relevance_M, "descending")
+        return removal_of_regions(segments_HW, order_M, len(order_M), self.options.baseline)
+
+    def curve(self, view: MapView, logits_SK: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The scored class's output after each region (S,)."""
+        return outputs(view, logits_SK, self.options)[1]
+
+    def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
+        return self.options.area(self.curve(view, logits_SK))
+
+    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
+        return self.options.num_patches(shape_CHW, patch_size)
+
+
+class IrofOptions(MapReading, OutputReading):
+    output: Output = "probability"
+    num_segments: int = Field(100, ge=2)
+    """Superpixels asked of SLIC (scikit-image's default, as Quantus); there may be fewer."""
+    baseline: Baseline = "mean"
+    """What a removed superpixel becomes. Quantus takes `mean` over all images and channels of the batch, as changed so
+    far; here it is the mean of the unchanged image."""
+    auc: Literal["steps", "unit"] = "steps"
+    """`steps`: area over the curve with one unit a superpixel (Quantus's number); `unit`: divided by their number."""
+
+
+@METRICS.register("irof")
+class Irof(PlanMetric):
+    """Area over the relative output while superpixels are removed by falling mean relevance; a good map makes it large.
+
+    Rieger and Hansen 2020, equation 1: number of superpixels minus the area (trapezoid rule) under output / the image's
+    own output. Quantus pads the batch to its largest number of superpixels, which adds half the last output to the area
+    of every other image; here each image stands alone.
+    """
+
+    name = "irof"
+    title = "IROF (area over the curve)"
+    family = "faithfulness"
+    paper = "Rieger and Hansen 2020, IROF: a low resource evaluation metric for explanation methods"
+    higher_is_better = True
+    bounds = (float("-inf"), float("inf"))
+    needs = frozenset({"image"})
+    Options = IrofOptions
+    options: IrofOptions
+
+    def plan(self, view: ImageView) -> PerturbationPlan:
+        assert isinstance(view, MapView)
+        segments_HW = self._segments(view)
+        size_M = np.bincount(segments_HW.ravel())
+        if len(size_M) < 2:
+            raise NotScoredError(ZERO_DENOMINATOR, "the image is one single superpixel")
+        mean_M = sums_by_segment(read_map(view.pixels_HW, self.options), segments_HW) / size_M
+        order_M = order_of(mean_M, "descending")
+        return removal_of_regions(segments_HW, order_M, len(order_M), self.options.baseline)
+
+    def _segments(self, view: ImageView) -> NDArray[np.int32]:
+        from skimage.segmentation import slic  # takes SciPy along: only where it is used
+
+        image_HWC = np.moveaxis(view.image(), 0, -1).astype(np.float64)
+        labels_HW = slic(image_HWC, n_segments=self.options.num_segments, start_label=0)
+        return np.unique(labels_HW, return_inverse=True)[1].reshape(labels_HW.shape).astype(np.int32)
+
+    def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
+        itself, copies_S = outputs(view, logits_SK, self.options)
+        if itself == 0:
+            raise NotScoredError(ZERO_DENOMINATOR, "the output for the image itself is zero")
+        num_segments = len(copies_S)
+        over = num_segments - float(np.trapezoid(copies_S / itself))
+        return over if self.options.auc == "steps" else over / num_segments
+
+    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
+        return self.options.num_segments
