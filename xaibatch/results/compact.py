@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from xaibatch.errors import RunFolderError
+from xaibatch.results.lock import RunLock
 from xaibatch.results.parts import STAGING, RunFolder
 from xaibatch.results.schema import TABLES
 
@@ -81,25 +81,35 @@ def present_parts(folder: RunFolder, table: str) -> frozenset[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compacted:
-    """What `compact` did to one table."""
+    """What `compact` did to one table; `num_bytes` is the size of the compact part."""
 
     table: str
     num_parts: int
     num_rows: int
     num_bytes: int
 
+    def __str__(self) -> str:
+        return f"{self.table}: {self.num_parts} parts to one, {self.num_rows:,} rows, {self.num_bytes / 1e6:.1f} MB"
 
-def compact(url: str) -> tuple[Compacted, ...]:
-    """Merge the flat parts of every table into one compact part each; returns what was merged (nothing on a second
-    call).
 
-    Row groups hold ROWS_PER_GROUP rows or BYTES_PER_GROUP bytes. Parts that a resumed run adds later are merged by
-    the next call into a further compact part. A run that is still writing may be compacted: only whole parts are
-    taken. Two compactions of one folder at the same time are refused with RunFolderError.
+class CompactReport(tuple[Compacted, ...]):
+    """One entry for each table that had something to merge; prints as lines for people."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "nothing to merge"
+
+
+def compact(url: str) -> CompactReport:
+    """Merge the flat parts of every table into one compact part each; a second call finds nothing to merge.
+
+    Row groups hold ROWS_PER_GROUP rows or BYTES_PER_GROUP bytes. Parts that a resumed run adds later are merged by the
+    next call into a further compact part. Raises RunFolderError while a run or another compaction holds the folder.
     """
     folder = RunFolder(url)
-    with _Lock(folder):
-        return tuple(done for table in TABLES if (done := _compact_table(folder, table)) is not None)
+    with RunLock(folder):
+        return CompactReport(done for table in TABLES if (done := _compact_table(folder, table)) is not None)
 
 
 def open_filesystem(folder: RunFolder) -> AbstractFileSystem:
@@ -181,29 +191,3 @@ def _staging(folder: RunFolder) -> str | None:
     staging = folder.path(STAGING)
     Path(staging).mkdir(parents=True, exist_ok=True)
     return staging
-
-
-class _Lock:
-    """Held while a local folder is compacted; released by the system if the process dies."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._path = folder.path(".compacting") if folder.is_local else None
-        self._file: int | None = None
-
-    def __enter__(self) -> None:
-        if self._path is None:
-            return
-        import fcntl
-
-        self._file = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._file)
-            raise RunFolderError(
-                f"{posixpath.dirname(self._path)!r} is being compacted by another process: wait for it"
-            ) from None
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            os.close(self._file)

@@ -15,6 +15,7 @@ from rich.text import Text
 from xaibatch.results import study
 from xaibatch.results.cube import Group as ImageGroup
 from xaibatch.results.cube import MetricInfo, Record, ScoreCube, floor_explainer, is_synthetic, not_scored, score_cube
+from xaibatch.results.frames import Run
 from xaibatch.results.statistics import MIN_CLUSTERS, Summary
 
 PLAIN_WIDTH: Final = 120
@@ -23,18 +24,21 @@ PLAIN_WIDTH: Final = 120
 _ASCII: Final = str.maketrans({"↑": "^", "↓": "v", "†": "*", "‡": "**", "–": "-", "×": "x", "·": "|", "…": "..."})
 
 
-def print_summary(
-    scores: pa.Table, record: Record, *, report_path: str | None = None, console: Console | None = None
-) -> None:
-    """Print the table and, below it, where the report is. Without colour, and PLAIN_WIDTH wide, where the output is
-    no terminal."""
+def print_summary(run: Run, console: Console | None = None, *, report_path: str | None = None) -> None:
+    """Print the run's table, what could not be read of it, and below it where the report is.
+
+    Where the console is no terminal there are no lines and no colour; make it wide enough (PLAIN_WIDTH).
+    """
     console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=PLAIN_WIDTH, color_system=None, highlight=False)
-    table = summary_table(scores, record, width=console.width, plain=not console.is_terminal, encoding=console.encoding)
-    console.print(table)
+    plain = not console.is_terminal
+    table = summary_table(
+        run.scores.arrow(), run.record, width=console.width, plain=plain, encoding=console.encoding or "utf-8"
+    )
+    console.print(table, highlight=False)
+    for path, problem in run.problems().items():
+        console.print(f"left out {path}: {problem}", highlight=False, markup=False)
     if report_path:
-        console.print(f"report: {report_path}", soft_wrap=True, highlight=False)
+        console.print(f"report: {report_path}", highlight=False, markup=False)
 
 
 def summary_table(
