@@ -1,4 +1,5 @@
-"""What both engines share: which cells are still to be done, a finished cell's report, and who is told of it; no torch."""
+"""What both engines share: which cells are still to be done, a finished cell's report, and who is told of it; no
+torch."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,8 @@ from typing import Protocol
 
 from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import Job, ShardExplanations
+from xaibatch.results.compact import PREFIX, present_parts
+from xaibatch.results.schema import TABLES
 from xaibatch.types import ImageBatch, Shard
 
 EXPLAIN = "explain"
@@ -67,7 +70,7 @@ class Progress(Protocol):
 
 def pending(job: Job, shards: Sequence[Shard]) -> list[ShardWork]:
     """The cells whose part does not exist yet, by shard (from one listing of each table)."""
-    explained, scored = set(job.folder.parts("maps")), set(job.folder.parts("scores"))
+    explained, scored = present_parts(job.folder, "maps"), present_parts(job.folder, "scores")
     work = (
         ShardWork(
             shard=shard,
@@ -77,6 +80,21 @@ def pending(job: Job, shards: Sequence[Shard]) -> list[ShardWork]:
         for shard in shards
     )
     return [shard_work for shard_work in work if shard_work.num_cells]
+
+
+def strangers(job: Job, shards: Sequence[Shard]) -> dict[str, str]:
+    """Files in the run folder that are no part of this run: path -> what is wrong. Truncated parts among them are
+    pending and will be written anew; the rest is left alone and never read as long as its name is no part's."""
+    names = {shard.name for shard in shards}
+    expected = {group.part(shard) for group in job.groups for shard in shards}
+    found: dict[str, str] = {}
+    for table in TABLES:
+        known = expected if table == "scores" else names
+        found |= job.folder.problems(table)
+        for name, path in job.folder.parts(table).items():
+            if name not in known and not name.startswith(PREFIX):
+                found[path] = "a part of another run: remove it"
+    return found
 
 
 def pixels_for(job: Job, group: MetricGroup, read: Callable[[], ImageBatch]) -> ImageBatch | None:
