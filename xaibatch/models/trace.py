@@ -20,10 +20,6 @@ from xaibatch.models import backward as step
 from xaibatch.models.forward import BlockRecord, ForwardRecord, forward, from_patches
 from xaibatch.models.vit import VitLayers, plain_vit, vit_layers
 
-CACHE_BYTES = 1 << 20
-"""Bytes of one part's hidden layer per CPU thread, about a core's own cache; decides speed, not values."""
-
-
 class Part:
     """A few images of a trace: their recorded forward, and gradients of the explained logit when first asked for.
 
@@ -133,7 +129,7 @@ def record(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, images_per_
 
     The arithmetic is that of the images' dtype, which must be the model's. Raises ModelError for a model that is not a
     plain ViT (see `plain_vit`), for a size it does not take, for another dtype or device, and for a target that is
-    no class. `images_per_part` changes speed and memory only (default: by device and model size).
+    no class. `images_per_part`: images that share a matrix product; changes speed, memory and rounding only (default: by device).
     """
     vit: Any = plain_vit(model)
     weight = vit.head.weight
@@ -151,7 +147,7 @@ def record(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, images_per_
     height, width = images_BCHW.shape[2:]
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(images_BCHW.device.type, enabled=False):
         layers = vit_layers(vit, (height, width))
-        size = images_per_part or _images_per_part(layers, images_BCHW)
+        size = images_per_part or _images_per_part(images_BCHW)
         return Trace(
             tuple(
                 Part(forward(layers, images), targets)
@@ -162,11 +158,8 @@ def record(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, images_per_
         )
 
 
-def _images_per_part(layers: VitLayers, images_BCHW: Tensor) -> int:
-    """As many as keep a hidden layer inside the cache on a CPU; all of them on an accelerator."""
-    if images_BCHW.device.type != "cpu":
-        return len(images_BCHW)
-    hidden = layers.blocks[0].mlp_in.weight_OI.shape[0]
-    tokens = layers.grid[0] * layers.grid[1] + layers.num_prefix
-    image_bytes = tokens * hidden * images_BCHW.element_size()
-    return max(1, torch.get_num_threads() * CACHE_BYTES // image_bytes)
+def _images_per_part(images_BCHW: Tensor) -> int:
+    """One on a CPU: an image's activations fill the cores' caches anyway, and its map is then the same bit for bit
+    whatever else is in the batch (the relevance rules divide by near-zero sums and would show float32 rounding). All of
+    them on an accelerator, which needs the batch."""
+    return len(images_BCHW) if images_BCHW.device.type != "cpu" else 1
