@@ -36,7 +36,8 @@ def ray_points(geometry: LungGeometry, size: int, options: PoseOptions, rng: np.
     for (i, j), angle in zip(((0, 1), (1, 2), (0, 2)), angles, strict=True):
         c, s = np.cos(angle), np.sin(angle)
         axes[i], axes[j] = c * axes[i] - s * axes[j], s * axes[i] + c * axes[j]
-    scales = rng.uniform(*zip(options.width_scale, options.height_scale, options.depth_scale, strict=True))
+    low, high = zip(options.width_scale, options.height_scale, options.depth_scale, strict=True)
+    scales = rng.uniform(low, high)
     knots = ((3, 5, 5), (3, 5, 5), (3, 4, 4))
     x, z, y = (
         axis / scale + options.warp_mm * smooth_field(rng, _MESH, n)

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,7 +178,8 @@ def _read_ct() -> tuple[NDArray[np.float32], NDArray[np.integer]]:
         )
     import nibabel
 
-    ct, mask = (np.asanyarray(nibabel.load(folder / f"{name}.nii.gz").dataobj) for name in ("cxr", "mask"))
+    images: list[Any] = [nibabel.load(folder / f"{name}.nii.gz") for name in ("cxr", "mask")]
+    ct, mask = (np.asanyarray(image.dataobj) for image in images)
     return ct.astype(np.float32), mask.astype(np.int16)
 
 

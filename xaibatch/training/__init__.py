@@ -1,0 +1,1 @@
+"""Training a Vision Transformer: schedules, augmentation, metrics, checkpoints, recipes; `cluster` drives them."""
