@@ -48,8 +48,8 @@ def read_covid_qu_ex(root: str) -> Index:
     place = part_root(root)
     if place is None:
         raise DataError(
-            f"{root!r} has not the shape of COVID-QU-Ex: expected Train, Val, Test, in these COVID-19, Non-COVID, Normal, "
-            "and in these images and lung masks"
+            f"{root!r} has not the shape of COVID-QU-Ex: expected Train, Val, Test; in these COVID-19, Non-COVID, "
+            "Normal; in these images and lung masks"
         )
     masks: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
     images = []

@@ -19,7 +19,7 @@ from xaibatch.data.storage import one_line
 from xaibatch.errors import ImageError
 from xaibatch.options import Options
 
-FORMATS: Final = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "GIF", "PPM", "WEBP", "JPEG2000")
+FORMATS: Final = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "PPM", "WEBP", "JPEG2000")
 """What Pillow may open. Formats that start another program (PostScript) are not among them."""
 
 LABEL_MAP_LIMIT: Final = 32
@@ -107,7 +107,7 @@ def mask_in_quiet(content: bytes, limits: ImageLimits) -> NDArray[np.bool_]:
 
 def is_dicom(content: bytes) -> bool:
     """True for the DICOM preamble, or a file without one that starts with group 2 or 8 (old exports)."""
-    return content[128:132] == b"DICM" or content[:3] in (b"\x02\x00\x00", b"\x08\x00\x00", b"\x08\x00\x05")
+    return content[128:132] == b"DICM" or content[:2] in (b"\x02\x00", b"\x08\x00")
 
 
 def check_size(width: int, height: int, limits: ImageLimits) -> None:

@@ -57,8 +57,8 @@ TAGS: Final = [
 ]
 """The only header fields that are parsed: none of them names or dates a person."""
 
-DEFLATED: Final = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.8.1")
-"""Transfer syntaxes whose size after inflation cannot be checked beforehand."""
+DEFLATED: Final = (b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.8.1")
+"""Transfer syntaxes whose size after inflation cannot be checked beforehand: a file that names one is not parsed."""
 
 GREY: Final = ("MONOCHROME1", "MONOCHROME2")
 COLOUR: Final = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
@@ -90,13 +90,10 @@ def decode_dicom(content: bytes, limits: ImageLimits, dicom_range: str) -> Decod
 
 
 def _parsed(pydicom: Any, content: bytes) -> "Dataset":
-    stream = io.BytesIO(content)
+    if any(uid in content for uid in DEFLATED):
+        raise ImageError("the DICOM file is deflated: store it uncompressed or as JPEG 2000")
     has_preamble = content[128:132] == b"DICM"
-    if has_preamble:
-        meta = pydicom.filereader.read_file_meta_info(stream)
-        if meta.get("TransferSyntaxUID", "") in DEFLATED:
-            raise ImageError("the DICOM file is deflated: store it uncompressed or as JPEG 2000")
-        stream.seek(0)
+    stream = io.BytesIO(content)
     dataset: Dataset = pydicom.dcmread(stream, force=not has_preamble, specific_tags=list(TAGS))
     if "TransferSyntaxUID" not in dataset.file_meta:
         dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
@@ -134,9 +131,8 @@ def _stored(dataset: "Dataset") -> NDArray:
     shifted = dataset.HighBit != dataset.BitsStored - 1
     stored: NDArray = pixel_array(dataset, correct_unused_bits=not shifted)
     if shifted:
-        stored = (stored << (dataset.BitsAllocated - 1 - dataset.HighBit)) >> (
-            dataset.BitsAllocated - dataset.BitsStored
-        )
+        above, surplus = dataset.BitsAllocated - 1 - dataset.HighBit, dataset.BitsAllocated - dataset.BitsStored
+        stored = (stored << above) >> surplus
     return stored
 
 
@@ -144,11 +140,12 @@ def _grey(dataset: "Dataset", stored: NDArray, dicom_range: str) -> DecodedImage
     values, low, high = _modality(dataset, stored)
     scaled, how = None, "full"
     if dicom_range == "window":
-        scaled = _display_table(dataset, values)
-        how = "lookup table"
-        if scaled is None:
-            scaled = _windowed(dataset, values)
-            how = "window"
+        tables = dataset.get("VOILUTSequence")
+        if tables:
+            entries, highest = _looked_up(dataset, tables[0], values)
+            scaled, how = (entries / highest).clip(0, 1), "lookup table"
+        else:
+            scaled, how = _windowed(dataset, values), "window"
     if scaled is None:
         scaled, how = (values - low) / (high - low), "full"
     form = _form(dataset)
@@ -159,13 +156,12 @@ def _grey(dataset: "Dataset", stored: NDArray, dicom_range: str) -> DecodedImage
     return DecodedImage(values=scaled.astype(np.float32), full_range=1.0, form=text)
 
 
-def _modality(dataset: "Dataset", stored: NDArray) -> tuple[NDArray, float, float]:
-    """Values after the modality step (float64, or the table's integers), with the ends of their full range."""
-    from pydicom.pixels.processing import apply_modality_lut
-
-    table = dataset.get("ModalityLUTSequence")
-    if table:
-        return apply_modality_lut(stored, dataset), 0.0, float(2 ** table[0].LUTDescriptor[2] - 1)
+def _modality(dataset: "Dataset", stored: NDArray) -> tuple[NDArray[np.float64], float, float]:
+    """Values after the modality step, with the ends of their full range."""
+    tables = dataset.get("ModalityLUTSequence")
+    if tables:
+        entries, highest = _looked_up(dataset, tables[0], stored)
+        return entries, 0.0, highest
     bits = int(dataset.BitsStored)
     ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dataset.PixelRepresentation else (0, 2**bits - 1)
     slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
@@ -173,16 +169,22 @@ def _modality(dataset: "Dataset", stored: NDArray) -> tuple[NDArray, float, floa
     return stored.astype(np.float64) * slope + intercept, low, high
 
 
-def _display_table(dataset: "Dataset", values: NDArray) -> NDArray[np.float64] | None:
-    """Values after the file's first VOI lookup table, in [0, 1]; None where it has none."""
-    from pydicom.pixels.processing import apply_voi
+def _looked_up(dataset: "Dataset", table: "Dataset", values: NDArray) -> tuple[NDArray[np.float64], float]:
+    """The table's entries for the values, and the largest entry that its bit depth allows (PS3.3 C.11.1.1.1,
+    C.11.2.1.1).
 
-    tables = dataset.get("VOILUTSequence")
-    if not tables:
-        return None
-    highest = 2 ** int(tables[0].LUTDescriptor[2]) - 1
-    shown: NDArray[np.float64] = (apply_voi(np.rint(values).astype(np.int64), dataset) / highest).clip(0, 1)
-    return shown
+    Values below the first one mapped take the first entry, values beyond the last one the last.
+    """
+    count, first, bits = (int(number) for number in table.LUTDescriptor)
+    count = count or 1 << 16
+    if dataset.PixelRepresentation and first >= 1 << 15:
+        first -= 1 << 16
+    entries = table.LUTData
+    if isinstance(entries, bytes):
+        order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
+        entries = np.frombuffer(entries, np.uint8 if len(entries) < 2 * count else f"{order}u2")
+    index = np.rint(values).astype(np.int64) - first
+    return np.asarray(entries, np.float64)[index.clip(0, count - 1)], float(2**bits - 1)
 
 
 def _windowed(dataset: "Dataset", values: NDArray) -> NDArray[np.float64] | None:
@@ -207,7 +209,8 @@ def _padding(dataset: "Dataset", stored: NDArray) -> NDArray[np.bool_]:
     if value is None:
         return np.zeros(stored.shape, np.bool_)
     ends = sorted((int(value), int(dataset.get("PixelPaddingRangeLimit", value))))
-    return (stored >= ends[0]) & (stored <= ends[1])
+    wide = stored.astype(np.int64)
+    return (wide >= ends[0]) & (wide <= ends[1])
 
 
 def _colour(dataset: "Dataset", stored: NDArray) -> DecodedImage:
