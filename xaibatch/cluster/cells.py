@@ -45,9 +45,7 @@ def _task(name: str, num_returns: int) -> Any:
 
 def explain(job_ref: Any, shard: Shard, slot: Slot) -> Explained:
     """Superpixels beside the model where an explainer wants them, then predictions and maps."""
-    assert slot.facts is not None
-    specs = slot.facts.segmentations
-    num_pieces = -(-len(shard.records) // IMAGES_A_SEGMENTATION_TASK) if specs else 0
+    specs, num_pieces = _segmentation(slot, shard)
     pieces = [
         _task("segment_images", 2).remote(job_ref, shard, specs, piece, num_pieces) for piece in range(num_pieces)
     ]
@@ -68,10 +66,23 @@ def score(job_ref: Any, shard: Shard, group: MetricGroup, label: str, explained:
             job_ref, shard, group, explained.value, GroupPlan(questions=()), (), *before
         )
     plan, planned = _task("plan_cell", 2).remote(job_ref, shard, group, explained.value)
-    answers, answered = explained.slot.handle.answer.options(num_returns=2).remote(shard, plan, label)
-    return _task("score_cell", 1).remote(
-        job_ref, shard, group, explained.value, plan, answers, planned, answered, *before
+    specs, num_pieces = _segmentation(explained.slot, shard) if group.kind == "variant" else ((), 0)
+    pieces = [
+        _task("segment_variants", 2).remote(job_ref, shard, plan, specs, piece, num_pieces)
+        for piece in range(num_pieces)
+    ]
+    answers, answered = explained.slot.handle.answer.options(num_returns=2).remote(
+        shard, plan, label, *(segments for segments, _ in pieces)
     )
+    spent = (planned, answered, *(spent for _, spent in pieces), *before)
+    return _task("score_cell", 1).remote(job_ref, shard, group, explained.value, plan, answers, *spent)
+
+
+def _segmentation(slot: Slot, shard: Shard) -> tuple[tuple[str, ...], int]:
+    """Which superpixels the explainers want, and how many tasks make a shard's."""
+    assert slot.facts is not None
+    specs = slot.facts.segmentations
+    return specs, -(-len(shard.records) // IMAGES_A_SEGMENTATION_TASK) if specs else 0
 
 
 def adapt(job_ref: Any, shard: Shard, group: MetricGroup, explained: Explained, count: bool) -> Any:

@@ -91,9 +91,12 @@ class Replica:
         """Predict and explain a shard; `segments` in consecutive pieces of the shard's readable images."""
         return self._spend(lambda: self.session.explain(shard, joined(segments)))
 
-    def answer(self, shard: Shard, plan: GroupPlan, label: str) -> tuple[tuple[Answer, ...], Spent]:
-        """Answer a metric group's questions in the precision chosen for `label`."""
-        return self._spend(lambda: self.session.answer(shard, plan, label))
+    def answer(
+        self, shard: Shard, plan: GroupPlan, label: str, *segments: Segments
+    ) -> tuple[tuple[Answer, ...], Spent]:
+        """Answer a metric group's questions in the precision chosen for `label`; `segments` of variants in consecutive
+        pieces of the questions."""
+        return self._spend(lambda: self.session.answer(shard, plan, label, joined(segments)))
 
     def forward(self, images_BCHW: NDArray[np.floating]) -> NDArray[np.floating]:
         """Logits (B,K), for adapter metrics."""

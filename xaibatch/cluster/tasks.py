@@ -7,21 +7,24 @@ Shape letters: B images, C channels, H W pixels, h w a map's own sides, K classe
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
 from xaibatch.cluster.replica import Segments, Spent
+from xaibatch.metrics.base import NoisyVariant, TwinVariant
 from xaibatch.perturb.segmentation import segment
 from xaibatch.pipeline.cells import MetricGroup
-from xaibatch.pipeline.job import Answer, GroupPlan, Job, ShardExplanations
+from xaibatch.pipeline.job import Answer, GroupPlan, Job, Question, ShardExplanations
 from xaibatch.pipeline.scoring import plan_group, score_group
 from xaibatch.pipeline.work import EXPLAIN, CellReport, Stopwatch, pixels_for
 from xaibatch.pipeline.writing import write_explanations, write_scores
 from xaibatch.seeding import DrawKey
 from xaibatch.types import ImageBatch, Shard
+
+ItemT = TypeVar("ItemT")
 
 
 def segment_images(
@@ -30,13 +33,47 @@ def segment_images(
     """The superpixels of one of several consecutive pieces of a shard's readable images."""
     clock = Stopwatch()
     with clock.measure("segmentation"):
-        images_BCHW = job.read(shard)[0].images_BCHW
-        start, stop = (len(images_BCHW) * edge // num_pieces for edge in (piece, piece + 1))
-        segments = {
-            spec: [segment(image_CHW, spec, patch_size=job.patch_size) for image_CHW in images_BCHW[start:stop]]
-            for spec in specs
-        }
+        images = _piece(tuple(job.read(shard)[0].images_BCHW), piece, num_pieces)
+        segments = {spec: [segment(image, spec, patch_size=job.patch_size) for image in images] for spec in specs}
     return segments, Spent(seconds=clock.seconds)
+
+
+def segment_variants(
+    job: Job, shard: Shard, plan: GroupPlan, specs: tuple[str, ...], piece: int, num_pieces: int
+) -> tuple[Segments, Spent]:
+    """The superpixels of the images that one of several consecutive pieces of a plan's variants asks about."""
+    clock = Stopwatch()
+    segments: dict[str, list[NDArray[np.int32]]] = {spec: [] for spec in specs}
+    with clock.measure("segmentation"):
+        batch = job.read(shard)[0]
+        known: dict[object, list[NDArray[np.int32]]] = {}
+        for question in _piece(plan.questions, piece, num_pieces):
+            about, image_CHW = _variant_image(batch, question)
+            if about not in known:
+                known[about] = [segment(image_CHW, spec, patch_size=job.patch_size) for spec in specs]
+            for spec, segments_HW in zip(specs, known[about], strict=True):
+                segments[spec].append(segments_HW)
+    return segments, Spent(seconds=clock.seconds)
+
+
+def _variant_image(batch: ImageBatch, question: Question) -> tuple[object, NDArray[np.floating]]:
+    """The image that a variant is explained on, equal bit for bit to what the replica makes of it, and what tells it
+    from the other images of the shard."""
+    image_CHW, ask = batch.images_BCHW[question.row], question.ask
+    if isinstance(ask, NoisyVariant):
+        channels, height, width = image_CHW.shape
+        noise_CHW = ask.plan.noise_CHW(ask.sample, (channels, height, width))
+        noisy_CHW = (np.asarray(image_CHW, np.float64) + noise_CHW).astype(image_CHW.dtype)
+        return (question.row, question.repeat, ask.plan, ask.sample), noisy_CHW
+    if isinstance(ask, TwinVariant):
+        assert batch.twins_BCHW is not None
+        return (question.row, "twin"), batch.twins_BCHW[question.row]
+    return question.row, image_CHW
+
+
+def _piece(items: Sequence[ItemT], piece: int, num_pieces: int) -> Sequence[ItemT]:
+    start, stop = (len(items) * edge // num_pieces for edge in (piece, piece + 1))
+    return items[start:stop]
 
 
 def write_cell(job: Job, shard: Shard, explained: ShardExplanations, *spent: Spent) -> CellReport:

@@ -118,12 +118,15 @@ class Session:
             failures=tuple(failures),
         )
 
-    def answer(self, shard: Shard, plan: GroupPlan, label: str) -> tuple[Answer, ...]:
-        """Answer a metric group's questions, packed in their order into full batches; `label` names whose precision."""
+    def answer(self, shard: Shard, plan: GroupPlan, label: str, segments: Segments | None = None) -> tuple[Answer, ...]:
+        """Answer a metric group's questions, packed in their order into full batches; `label` names whose precision.
+
+        `segments` holds superpixels of the questions' images (variants), one per question, made beside the model.
+        """
         if not plan.questions:
             return ()
         if isinstance(plan.questions[0].ask, NoisyVariant | TargetVariant | WeightsVariant | TwinVariant):
-            return self._answer_variants(shard, plan.questions)
+            return self._answer_variants(shard, plan.questions, segments or {})
         requests = [(question.row, question.ask) for question in plan.questions]
         logits = self.runner(label).run(self.hold(shard).images_BCHW, requests)  # type: ignore[arg-type]
         return tuple(Answer(logits=logits_SK) for logits_SK in logits)
@@ -262,7 +265,7 @@ class Session:
             segments=segments,
         )
 
-    def _answer_variants(self, shard: Shard, questions: Sequence[Question]) -> tuple[Answer, ...]:
+    def _answer_variants(self, shard: Shard, questions: Sequence[Question], segments: Segments) -> tuple[Answer, ...]:
         """Explain changed images together in one packing, randomised models one model at a time."""
         answers: dict[int, Answer] = {}
         by_model: defaultdict[WeightsVariant | None, list[int]] = defaultdict(list)
@@ -272,11 +275,12 @@ class Session:
         original = self.model
         for weights, indices in by_model.items():
             items = [self._variant_item(shard, questions[index]) for index in indices]
+            made = {name: [maps[index] for index in indices] for name, maps in segments.items()}
             try:
                 if weights is not None:
                     self._use(randomised(original, weights))
                 images_NCHW = torch.stack([item.image_CHW for item in items])
-                explained = self._explain(items, list(self.explainers), self._forward(images_NCHW), {})
+                explained = self._explain(items, list(self.explainers), self._forward(images_NCHW), made)
             finally:
                 if weights is not None:
                     self._use(original)
