@@ -329,7 +329,7 @@ DEMSAR_Q = [1.960, 2.343, 2.569, 2.728, 2.850, 2.949, 3.031, 3.102, 3.164]
 
 
 def test_friedman_and_ranks_by_hand():
-    # ten patients, all of whom order the three explainers alike: mean ranks 1, 2, 3, Friedman's statistic 20, p = e**-10
+    # ten patients who all order the three explainers alike: mean ranks 1, 2, 3, statistic 20, p = e**-10
     values = np.tile([[3.0, 2.0, 1.0]], (10, 1)) + np.arange(10)[:, None]
     ranking = ranks.rank(values, np.arange(10), 1, metric="m", explainers=["a", "b", "c"], seed=0)
     assert ranking.mean_ranks == (1.0, 2.0, 3.0)
