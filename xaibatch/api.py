@@ -90,7 +90,9 @@ def _targets(targets: int | Sequence[int] | Tensor | None, images_BCHW: Tensor, 
     targets_B = torch.as_tensor(targets, dtype=torch.int64, device=images_BCHW.device)
     targets_B = targets_B.expand(num_images) if targets_B.ndim == 0 else targets_B
     if targets_B.shape != (num_images,):
-        raise UsageError(f"targets must be one class or {num_images} (one per image), received shape {tuple(targets_B.shape)}")
+        raise UsageError(
+            f"targets must be one class or {num_images} (one per image), received shape {tuple(targets_B.shape)}"
+        )
     return targets_B
 
 

@@ -19,15 +19,21 @@ def add_to(app: typer.Typer) -> None:
 def evaluate(
     model: Annotated[str | None, Option(help="timm model name, e.g. vit_tiny_patch16_224")] = None,
     checkpoint: Annotated[str | None, Option(help="local path or URL of .safetensors or weights-only .pth")] = None,
-    data: Annotated[str | None, Option(help="folder with one sub-folder a class, or a CSV/Parquet manifest; any URL")] = None,
+    data: Annotated[
+        str | None, Option(help="folder with one sub-folder a class, or a CSV/Parquet manifest; any URL")
+    ] = None,
     layout: Annotated[str | None, Option(help="layout of --data where it is not found out: see jobs/README.md")] = None,
     split: Annotated[str | None, Option(help="only this split of a manifest")] = None,
     limit: Annotated[int | None, Option(min=1, help="seeded, class-balanced sample of this many images")] = None,
-    output: Annotated[str | None, Option("--output", "-o", help="run folder, local or any URL; the same again resumes")] = None,
+    output: Annotated[
+        str | None, Option("--output", "-o", help="run folder, local or any URL; the same again resumes")
+    ] = None,
     config: Annotated[str | None, Option("--config", "-c", help="default, paper, or a YAML file")] = None,
     explainers: Annotated[str | None, Option(help="comma-separated labels (xaibatch list explainers)")] = None,
     metrics: Annotated[str | None, Option(help="comma-separated labels (xaibatch list metrics)")] = None,
-    set_: Annotated[list[str] | None, Option("--set", help="any key of the configuration: explainers.lime.num_samples=200")] = None,
+    set_: Annotated[
+        list[str] | None, Option("--set", help="any key of the configuration: explainers.lime.num_samples=200")
+    ] = None,
     target: Annotated[str | None, Option(help="explained class: predicted or label")] = None,
     repeats: Annotated[int | None, Option(min=1, help="independent repetitions of every random draw")] = None,
     seed: Annotated[int | None, Option(help="seed of every random draw")] = None,
@@ -96,7 +102,9 @@ def finish(outcome: Any, *, write_report: bool) -> int:
     finished = open_run(url)
     print_summary(finished, console)
     if outcome.num_image_failures:
-        console.print(f"{outcome.num_image_failures} failures: xaibatch query {url} \"SELECT * FROM failures\"", highlight=False)
+        console.print(
+            f'{outcome.num_image_failures} failures: xaibatch query {url} "SELECT * FROM failures"', highlight=False
+        )
     for cell in outcome.failed[:10]:
         console.print(f"given up: {cell.shard} {cell.stage}: {cell.error}", highlight=False, markup=False)
     if len(outcome.failed) > 10:
@@ -107,7 +115,7 @@ def finish(outcome: Any, *, write_report: bool) -> int:
         if outcome.num_cells_run or not outcome.folder.exists("report.html"):
             write(url)
         console.print(f"report: {outcome.folder.path('report.html')}", highlight=False, markup=False)
-    console.print(f"results: {url}  (xaibatch query {url} \"SELECT ... FROM scores\")", highlight=False, markup=False)
+    console.print(f'results: {url}  (xaibatch query {url} "SELECT ... FROM scores")', highlight=False, markup=False)
     return 0 if outcome.ok else 1
 
 
@@ -143,5 +151,7 @@ def _engine(no_ray: bool) -> Any:
     except ImportError as error:
         if error.name != "ray":
             raise
-        raise UsageError("ray is not installed: pip install 'ray[default]', or run in this process with --no-ray") from None
+        raise UsageError(
+            "ray is not installed: pip install 'ray[default]', or run in this process with --no-ray"
+        ) from None
     return run_on_ray

@@ -16,9 +16,13 @@ def add_to(app: typer.Typer) -> None:
 
 def explain(
     images: Annotated[list[Path], typer.Argument(help="image files (PNG, JPEG, TIFF, DICOM, ...)")],
-    explainer: Annotated[str, Option("--explainer", "-e", help="comma-separated names (xaibatch list explainers)")] = "transformer_lrp",
+    explainer: Annotated[
+        str, Option("--explainer", "-e", help="comma-separated names (xaibatch list explainers)")
+    ] = "transformer_lrp",
     output: Annotated[Path, Option("--output", "-o", help="folder for the overlays")] = Path("overlays"),
-    model: Annotated[str | None, Option(help="timm model name; default: the shipped classifier of synthetic radiographs")] = None,
+    model: Annotated[
+        str | None, Option(help="timm model name; default: the shipped classifier of synthetic radiographs")
+    ] = None,
     checkpoint: Annotated[str | None, Option(help="local path or URL of .safetensors or weights-only .pth")] = None,
     target: Annotated[str | None, Option(help="class to explain, by name; default: the predicted class")] = None,
     seed: Annotated[int, Option(help="seed of explainers that draw random numbers")] = 0,

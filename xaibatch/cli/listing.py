@@ -34,7 +34,15 @@ def _explainers() -> Table:
     for name in EXPLAINERS:
         explainer = EXPLAINERS[name]()
         sign = "signed" if explainer.signed else "positive"
-        table.add_row(name, explainer.title, explainer.paper, sign, explainer.granularity, explainer.cost(), needs[explainer.needs])
+        table.add_row(
+            name,
+            explainer.title,
+            explainer.paper,
+            sign,
+            explainer.granularity,
+            explainer.cost(),
+            needs[explainer.needs],
+        )
     table.caption = (
         "also: captum:<Class> (Captum attributions), zennit:<composite> (convolutional models), package.module:function, "
         f"entry points of the group xaibatch.explainers ({xaibatch.explainers.__name__})"
@@ -52,7 +60,13 @@ def _metrics() -> Table:
         direction = {True: "higher ↑", False: "lower ↓", None: "-"}[metric.higher_is_better]
         low, high = (f"{bound:g}" for bound in metric.bounds)
         table.add_row(
-            name, metric.title, metric.paper, direction, f"{low} .. {high}", metric.cost(), ", ".join(sorted(metric.needs)) or "map"
+            name,
+            metric.title,
+            metric.paper,
+            direction,
+            f"{low} .. {high}",
+            metric.cost(),
+            ", ".join(sorted(metric.needs)) or "map",
         )
     table.caption = "also: quantus:<Class> with its keyword arguments (stock Quantus), package.module:Class, entry points of the group xaibatch.metrics"
     return table

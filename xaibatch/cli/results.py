@@ -57,7 +57,12 @@ def _print_table(found: object, max_rows: int) -> None:
     console = Console()
     table = Table(*found.column_names)
     for row in found.slice(0, max_rows).to_pylist():
-        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value) for value in row.values()))
+        table.add_row(
+            *(
+                f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+                for value in row.values()
+            )
+        )
     Console(width=console.width if console.is_terminal else 240).print(table)
     if found.num_rows > max_rows:
         console.print(f"{max_rows} of {found.num_rows} rows shown (--max-rows, --format csv)")
@@ -72,7 +77,10 @@ def summary(run: Run) -> None:
     print_summary(open_run(run), Console(width=console.width if console.is_terminal else 200))
 
 
-def report(run: Run, output: Annotated[Path | None, Option("--output", "-o", help="HTML file (default: in the run folder)")] = None) -> None:
+def report(
+    run: Run,
+    output: Annotated[Path | None, Option("--output", "-o", help="HTML file (default: in the run folder)")] = None,
+) -> None:
     """Write one self-contained HTML file: settings, table, statistics, the figure, and a browser for all images."""
     from xaibatch.results.report import write_report
 
@@ -96,7 +104,9 @@ def compare(run_a: Run, run_b: Run) -> None:
 
 def export(
     run: Run,
-    output: Annotated[Path, Option("--output", "-o", help="folder for CSV, LaTeX, Parquet, PDF and PNG")] = Path("export"),
+    output: Annotated[Path, Option("--output", "-o", help="folder for CSV, LaTeX, Parquet, PDF and PNG")] = Path(
+        "export"
+    ),
 ) -> None:
     """Write the tables as CSV, LaTeX (booktabs) and Parquet, and the figures as PDF and PNG."""
     from xaibatch.results.export import export as export_run
