@@ -21,6 +21,8 @@ from ray.exceptions import RayError, RayTaskError
 from xaibatch.cluster import cells
 from xaibatch.cluster.connect import connected
 from xaibatch.cluster.pool import ReplicaPool, Slot
+from xaibatch.cluster.telemetry import DriverMeter
+from xaibatch.errors import EngineError, RunFolderError
 from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.stopping import StopFlag
@@ -36,7 +38,8 @@ FIRST_PAUSE_S: Final = 0.5
 def run_on_ray(job: Job, work: Sequence[ShardWork], progress: Progress) -> list[FailedCell]:
     """Do the work on the cluster that `job.config.engine` names; returns the cells that were given up.
 
-    Raises EngineError if the cluster cannot be joined or no replica starts, StoppedError after SIGINT or SIGTERM. What
+    Raises EngineError if the cluster cannot be joined, no replica starts, a node does not see the run's files or parts
+    cannot be written; StoppedError after SIGINT or SIGTERM. What
     is finished stays; the same call on what is still pending goes on.
     """
     with connected(job.config.engine), StopFlag() as stop:
@@ -79,6 +82,7 @@ class _Driver:
         self._num_adapters = 0
         self._num_ready = 0
         self._failed: list[FailedCell] = []
+        self._meter = DriverMeter(job.run)
 
     def run(self) -> list[FailedCell]:
         while True:
@@ -88,6 +92,7 @@ class _Driver:
             if not self._cells and not self._again and self._upcoming() is None:
                 return self._failed
             self._settle(self._finished())
+            self._measure_queue()
 
     def close(self) -> None:
         """Give the devices back; whatever still runs has no one to report to."""
@@ -104,6 +109,11 @@ class _Driver:
         if num_ready != self._num_ready:
             self._num_ready = num_ready
             self._progress.replicas(num_ready)
+
+    def _measure_queue(self) -> None:
+        num_open = sum(slot.num_open for slot in self._pool.slots)
+        num_cells = len(self._cells) + len(self._adapters_waiting)
+        self._meter.queue(shards=num_open, cells=num_cells, replicas=self._num_ready)
 
     # -- opening shards
 
@@ -228,6 +238,8 @@ class _Driver:
         return True
 
     def _give_up(self, shard: _Open, stage: str, error: Exception) -> None:
+        if isinstance(root(error), RunFolderError):  # no other cell would fare better
+            raise EngineError(f"the results cannot be kept: {root(error)}") from None
         cell = FailedCell(shard=shard.work.shard.name, stage=stage, error=describe(error))
         self._failed.append(cell)
         self._progress.failed(cell)

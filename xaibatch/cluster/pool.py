@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from xaibatch.cluster.connect import ONE_THREAD
+from xaibatch.cluster.nodes import NodeCheck
 from xaibatch.cluster.replica import Replica, ReplicaFacts
 from xaibatch.config import EngineConfig
 from xaibatch.errors import EngineError
@@ -64,6 +65,10 @@ class ReplicaPool:
     _failures: dict[Place, int] = field(default_factory=dict)
     _looked: float = float("-inf")
     _last_error: str = ""
+    _check: NodeCheck = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._check = NodeCheck(job=self.job)
 
     @property
     def ready(self) -> list[Slot]:
@@ -79,6 +84,7 @@ class ReplicaPool:
             return gone
         self._looked = time.monotonic()
         nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        self._check.look(nodes)
         alive = {node["NodeID"] for node in nodes}
         wanted = places(nodes, self.job.config.engine)
         for slot in list(self.slots):

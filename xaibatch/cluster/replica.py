@@ -16,6 +16,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from xaibatch.cluster.telemetry import ReplicaMeter
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, ShardExplanations
 from xaibatch.seeding import DrawKey
 from xaibatch.types import Shard
@@ -59,6 +60,7 @@ class Replica:
         self._device = device
         self._threads = threads
         self._loaded: Session | None = None
+        self._meter = ReplicaMeter(job.run, f"{ray.get_runtime_context().get_node_id()[:8]}-{os.getpid()}")
 
     @property
     def session(self) -> "Session":
@@ -111,10 +113,10 @@ class Replica:
     def _spend(self, work: Callable[[], ValueT]) -> tuple[ValueT, Spent]:
         before, start = self.session.num_forward_passes, time.perf_counter()
         value = self._guarded(work)
-        return value, Spent(
-            seconds={"model": time.perf_counter() - start},
-            num_forward_passes=self.session.num_forward_passes - before,
-        )
+        seconds, num_passes = time.perf_counter() - start, self.session.num_forward_passes - before
+        num_images = len(value.ids) if isinstance(value, ShardExplanations) else 0
+        self._meter.step(seconds, num_images, num_passes)
+        return value, Spent(seconds={"model": seconds}, num_forward_passes=num_passes)
 
     def _guarded(self, work: Callable[[], ValueT]) -> ValueT:
         """A device in an error state stays so until its process ends: end it, Ray starts another and the call is tried

@@ -10,6 +10,7 @@ from typing import Any, Final, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from xaibatch.errors import RunFolderError
 from xaibatch.pipeline.estimate import Estimate
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.work import CellReport, FailedCell
@@ -194,8 +195,8 @@ class ProgressWatcher:
             **self._rates(),
             **self._sums(),
         }
-        with contextlib.suppress(OSError):  # a full disk stops the cells, not the counting
-            self._job.folder.write_json(content, PROGRESS)
+        with contextlib.suppress(RunFolderError):  # a full disk stops the cells, not the counting
+            self._job.folder.impatient().write_json(content, PROGRESS)
 
 
 def duration(seconds: float) -> str:

@@ -92,7 +92,7 @@ class RunLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        with self._guarded(), contextlib.suppress(OSError):
+        with self._guarded(), contextlib.suppress(OSError, RunFolderError):
             if (holder := self._read()) is not None and holder.token == self._me.token:
                 self.folder.remove(LOCK)
 
@@ -134,13 +134,13 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(self.beat_s):
-            with contextlib.suppress(OSError), self._guarded():  # on a full disk the next beat tries again
+            with contextlib.suppress(OSError, RunFolderError), self._guarded():  # on a full disk the next beat will
                 holder = self._read()
                 if holder is None or holder.token != self._me.token:
                     self.lost = True
                     return
                 self._me = replace(self._me, heartbeat=time.time())
-                self.folder.write_bytes(self._content(), LOCK)
+                self.folder.impatient().write_bytes(self._content(), LOCK)
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:

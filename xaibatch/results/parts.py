@@ -82,10 +82,17 @@ class RunFolder:
     def write_bytes(self, content: bytes, *parts: str) -> None:
         """Write a whole file or nothing."""
         target = self.path(*parts)
-        if self._local:
-            self._retry(lambda: replace_file(Path(target), content, self._staging), f"write {target!r}")
-        else:
-            self._retry(lambda: self._fs.pipe_file(target, content), f"write {target!r}")
+        try:
+            if self._local:
+                self._retry(lambda: replace_file(Path(target), content, self._staging), f"write {target!r}")
+            else:
+                self._retry(lambda: self._fs.pipe_file(target, content), f"write {target!r}")
+        except OSError as error:
+            raise RunFolderError(f"cannot write {target!r}: {error}") from error
+
+    def impatient(self) -> "RunFolder":
+        """The same folder for things that can wait for another time: nothing is tried twice."""
+        return RunFolder(self.url, retries=Retries(attempts=1))
 
     def _retry(self, operation: Callable[[], Any], what: str) -> Any:
         return self.retries.call(operation, what=what, local=self._local)
