@@ -6,6 +6,7 @@ Shape letters: B images, C channels, H W pixels, g token-grid side, K classes.
 import copy
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from xaibatch.explainers.base import ExplainInput
 from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.maps import token_grid
 from xaibatch.perturb.runner import PlanRunner
+from xaibatch.pipeline.facts import patch_size
 from xaibatch.seeding import DrawKey
 
 Resolution = Literal["token", "native"]
@@ -56,20 +58,20 @@ def explain(
     targets_B = _targets(targets, images_BCHW, runner)
     ids = list(image_ids) if image_ids is not None else [_content_id(image) for image in images_BCHW]
     maps = []
-    for rows in torch.arange(len(images_BCHW)).split(batch_size):
-        chunk_BCHW = images_BCHW[rows[0] : rows[-1] + 1]
+    for start in range(0, len(images_BCHW), batch_size):
+        rows = slice(start, start + batch_size)
         inputs = ExplainInput(
             model=model,
-            images_BCHW=chunk_BCHW,
-            targets_B=targets_B[rows[0] : rows[-1] + 1],
-            keys=tuple(DrawKey(seed=seed, image_id=ids[row]) for row in rows.tolist()),
-            run_plans=lambda requests, images_BCHW=chunk_BCHW: runner.run(images_BCHW, requests),
+            images_BCHW=images_BCHW[rows],
+            targets_B=targets_B[rows],
+            keys=tuple(DrawKey(seed=seed, image_id=image_id) for image_id in ids[rows]),
+            run_plans=partial(runner.run, images_BCHW[rows]),
         )
         maps.append(method.explain(inputs).maps_Bhw.detach())
     maps_Bhw = torch.cat(maps)
     if resolution == "native" or maps_Bhw.shape[1:] != images_BCHW.shape[2:]:
         return maps_Bhw
-    side = _patch_size(model)
+    side = patch_size(model)
     height, width = images_BCHW.shape[2:]
     grids = [token_grid(map_HW.cpu().numpy(), (height // side, width // side)) for map_HW in maps_Bhw]
     return torch.stack([torch.as_tensor(grid) for grid in grids]).to(maps_Bhw)
@@ -99,9 +101,3 @@ def _targets(targets: int | Sequence[int] | Tensor | None, images_BCHW: Tensor, 
 def _content_id(image_CHW: Tensor) -> str:
     """SHA-256 of the pixels in float32, so that float32 and float64 runs of one image draw the same numbers."""
     return hashlib.sha256(image_CHW.detach().cpu().to(torch.float32).numpy().tobytes()).hexdigest()
-
-
-def _patch_size(model: nn.Module) -> int:
-    from xaibatch.pipeline.facts import patch_size
-
-    return patch_size(model)

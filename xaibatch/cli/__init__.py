@@ -1,4 +1,4 @@
-"""The command line: `xaibatch evaluate | explain | query | report | list | ...`; user errors print in one line, exit code 2."""
+"""The command line: `xaibatch evaluate | explain | query | report | ...`; a user error is one line and exit code 2."""
 
 import sys
 

@@ -1,13 +1,21 @@
-"""`xaibatch evaluate`: flags in, a run in the folder, the study's table on the screen; exit code 1 if anything failed."""
+"""`xaibatch evaluate`: flags in, a run in the folder, the study's table on the screen; exit code 1 for failures."""
 
 import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from xaibatch.config import RunConfig, load_config, parse_setting, select
 from xaibatch.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from xaibatch.pipeline.job import Job
+    from xaibatch.pipeline.run import Calibrate, Engine
+    from xaibatch.pipeline.work import FailedCell, Progress, ShardWork
+    from xaibatch.types import Shard
 
 Option = typer.Option
 
@@ -84,7 +92,8 @@ def run(config: RunConfig, *, no_ray: bool, estimate_only: bool, write_report: b
     if estimate_only:
         print(preview(config))
         return 0
-    outcome = evaluate_run(config, _engine(no_ray), ProgressWatcher())
+    engine, calibrate = _engine(no_ray)
+    outcome = evaluate_run(config, engine, ProgressWatcher(), calibrate)
     return finish(outcome, write_report=write_report)
 
 
@@ -141,17 +150,34 @@ def _names(text: str | None) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()] if text else []
 
 
-def _engine(no_ray: bool) -> Any:
+def _engine(no_ray: bool) -> "tuple[Engine, Calibrate]":
+    """The engine and where it calibrates; both load torch or Ray only when there is work to do."""
+    if no_ray:
+        return _run_here, _calibrate_here
+    if find_spec("ray") is None:
+        raise UsageError("ray is not installed: pip install 'ray[default]', or run in this process with --no-ray")
+    return _run_on_ray, _calibrate_on_ray
+
+
+def _run_here(job: "Job", work: "Sequence[ShardWork]", progress: "Progress") -> "list[FailedCell]":
     from xaibatch.pipeline.local import run_local
 
-    if no_ray:
-        return run_local
-    try:
-        from xaibatch.cluster.driver import run_on_ray
-    except ImportError as error:
-        if error.name != "ray":
-            raise
-        raise UsageError(
-            "ray is not installed: pip install 'ray[default]', or run in this process with --no-ray"
-        ) from None
-    return run_on_ray
+    return run_local(job, work, progress)
+
+
+def _calibrate_here(job: "Job", shard: "Shard") -> dict[str, Any]:
+    from xaibatch.pipeline.local import calibrate_local
+
+    return calibrate_local(job, shard)
+
+
+def _run_on_ray(job: "Job", work: "Sequence[ShardWork]", progress: "Progress") -> "list[FailedCell]":
+    from xaibatch.cluster.driver import run_on_ray
+
+    return run_on_ray(job, work, progress)
+
+
+def _calibrate_on_ray(job: "Job", shard: "Shard") -> dict[str, Any]:
+    from xaibatch.cluster.calibration import calibrate_on_ray
+
+    return calibrate_on_ray(job, shard)

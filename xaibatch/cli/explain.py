@@ -27,11 +27,11 @@ def explain(
     target: Annotated[str | None, Option(help="class to explain, by name; default: the predicted class")] = None,
     seed: Annotated[int, Option(help="seed of explainers that draw random numbers")] = 0,
 ) -> None:
-    """Write one overlay per image and explainer: grey radiograph, colour by relevance, class and probability in the title."""
+    """Write one overlay per image and explainer: grey radiograph, colour by relevance, class and probability."""
     import torch
 
     import xaibatch
-    from xaibatch.data.decode import decode
+    from xaibatch.data.decode import decode_image
     from xaibatch.embedded import MODEL_NAME, model_path
     from xaibatch.results.overlay import write_overlay
 
@@ -43,7 +43,7 @@ def explain(
     failed = []
     for path in images:
         try:
-            pixels = decode(path.read_bytes(), name=str(path))
+            pixels = decode_image(path.read_bytes())
             image_CHW = torch.from_numpy(classifier.preprocessing.apply(pixels))
         except (OSError, ImageError) as error:
             failed.append(f"{path}: {error}")

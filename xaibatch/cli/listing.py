@@ -26,7 +26,7 @@ def list_(what: What) -> None:
 
 
 def _explainers() -> Table:
-    import xaibatch.explainers
+    import xaibatch.explainers  # noqa: F401  registers the built-in explainers
     from xaibatch.explainers.base import EXPLAINERS
 
     table = Table("name", "title", "paper", "sign", "granularity", "cost per image", "needs", title="explainers")
@@ -44,8 +44,8 @@ def _explainers() -> Table:
             needs[explainer.needs],
         )
     table.caption = (
-        "also: captum:<Class> (Captum attributions), zennit:<composite> (convolutional models), package.module:function, "
-        f"entry points of the group xaibatch.explainers ({xaibatch.explainers.__name__})"
+        "also: captum:<Class>, zennit:<composite> (convolutional models), package.module:function, "
+        "entry points of the group xaibatch.explainers"
     )
     return table
 
@@ -68,5 +68,8 @@ def _metrics() -> Table:
             metric.cost(),
             ", ".join(sorted(metric.needs)) or "map",
         )
-    table.caption = "also: quantus:<Class> with its keyword arguments (stock Quantus), package.module:Class, entry points of the group xaibatch.metrics"
+    table.caption = (
+        "also: quantus:<Class> with its keyword arguments (stock Quantus), package.module:Class, "
+        "entry points of the group xaibatch.metrics"
+    )
     return table

@@ -95,7 +95,7 @@ def compact(run: Run) -> None:
 
 
 def compare(run_a: Run, run_b: Run) -> None:
-    """Compare two runs image by image (two checkpoints, two versions): differing settings first, then paired differences."""
+    """Compare two runs image by image (two checkpoints, two versions): settings first, then paired differences."""
     from xaibatch.results.compare import print_comparison
 
     console = Console()

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import ray
@@ -109,6 +109,12 @@ class Replica:
     ) -> list[NDArray[np.floating]]:
         """One explainer's native maps (h,w), for adapter metrics."""
         return self._guarded(lambda: self.session.explain_images(label, images_BCHW, targets_B, keys))
+
+    def calibrate(self, shard: Shard) -> dict[str, Any]:
+        """Compare precisions on a sample: see `xaibatch.pipeline.calibrate`."""
+        from xaibatch.pipeline.calibrate import calibrate
+
+        return self._guarded(lambda: calibrate(self.session, shard))
 
     def _spend(self, work: Callable[[], ValueT]) -> tuple[ValueT, Spent]:
         before, start = self.session.num_forward_passes, time.perf_counter()

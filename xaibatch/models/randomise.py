@@ -41,9 +41,9 @@ def randomised(model: ModuleT, variant: WeightsVariant) -> ModuleT:
     for name in chosen:
         seed = int(keyed_generator(variant.seed, "", "randomise", 0, name).integers(2**63 - 1))
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             module = modules[name]
             device = next(module.parameters(recurse=False)).device
-            module.to("cpu").reset_parameters()  # type: ignore[operator]
+            module.to("cpu").reset_parameters()
             module.to(device)
     return changed

@@ -1,7 +1,7 @@
 """Which precision each explainer and metric may use: scores of a sample in float32 and in bfloat16 in, a choice out.
 
-DESIGN rule 5. The tolerance applies to the change of a metric's mean score over the sample, per explainer. Only the model's
-forward passes change precision; traces and relevance passes, maps and scores never do.
+DESIGN rule 5. The tolerance applies to the change of a metric's mean score over the sample, per explainer. Only forward
+passes on perturbed copies change precision; traces and relevance passes, maps and scores never do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,14 @@ from xaibatch.pipeline.session import Session
 from xaibatch.pipeline.work import pixels_for
 from xaibatch.types import Score, Shard
 
-WORTH_IMAGES = 20
-"""A run must have at least this many times the sample's images; below that, calibrating costs more than it can save."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """One label's precision and why.
 
-    worst_error: largest |mean score in bfloat16 - mean score in float32| over what the label touches, in the score's unit;
-    worst_pair: the (explainer, metric) of it; num_flips: maps of the sample whose set of non-zero pixels changed, of
-    num_maps (only for explainers: a top-k mask that flips is counted, not averaged away).
+    worst_error: largest |mean score in bfloat16 - mean score in float32| over what the label touches, in the score's
+    unit; worst_pair: the (explainer, metric) of it; num_flips: maps of the sample whose set of non-zero pixels changed,
+    of num_maps (only for explainers: a top-k mask that flips is counted, not averaged away).
     """
 
     label: str
@@ -40,7 +37,7 @@ class Choice:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are faster than float32 ones there: AVX512-BF16, AMX or a GPU of Ampere's age."""
+    """Whether bfloat16 matrix products are faster than float32 ones: AVX512-BF16, AMX, or a GPU since Ampere."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -49,9 +46,12 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def calibrate(session: Session, shard: Shard) -> dict[str, Any]:
     """Return the record of the choice: `chosen` label -> precision, and each choice's measured error on the sample.
 
-    `session` computes in float32; `shard` holds the sample. Labels that bfloat16 does not touch stay float32.
+    `session` computes in float32; `shard` holds the sample. Labels that bfloat16 does not touch stay float32, and so
+    do all where the device is not faster in bfloat16.
     """
     job = session.job
+    if not has_fast_bfloat16(session.device):
+        return {"why": f"{session.device} is not faster in bfloat16"}
     tolerance = job.config.precision.tolerance
     explained = session.explain(shard)
     reference = {group.name: _scored(session, shard, group, explained, {}) for group in _groups(job)}
@@ -73,7 +73,7 @@ def calibrate(session: Session, shard: Shard) -> dict[str, Any]:
         choice = _choose(label, _of(before, label), _of(scores, label), tolerance)
         flips, maps = _flips(explained, coarse, label)
         choices.append(replace(choice, num_flips=flips, num_maps=maps))
-    chosen = {label: "float32" for label in (*job.config.explainers, *job.config.metrics)}
+    chosen = dict.fromkeys((*job.config.explainers, *job.config.metrics), "float32")
     chosen |= {choice.label: choice.precision for choice in choices}
     return {
         "asked": "auto",

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import nn
 
 from xaibatch.config import RunConfig
 from xaibatch.data.dataset import DataSet
@@ -51,9 +52,10 @@ def configured_model(config: RunConfig, data_class_names: Sequence[str] = ()) ->
     )
 
 
-def patch_size(model: Classifier) -> int:
+def patch_size(model: nn.Module) -> int:
     """Side of a token in pixels; CONV_PATCH for models without a square patch embedding."""
-    size = getattr(getattr(model.backbone, "patch_embed", None), "patch_size", (CONV_PATCH, CONV_PATCH))
+    backbone = getattr(model, "backbone", model)
+    size = getattr(getattr(backbone, "patch_embed", None), "patch_size", (CONV_PATCH, CONV_PATCH))
     return int(size[0]) if isinstance(size, tuple | list) and size[0] == size[1] else CONV_PATCH
 
 
@@ -74,4 +76,4 @@ def settle_precisions(config: RunConfig) -> dict[str, Any]:
     """The precision of every label; see `xaibatch.pipeline.calibrate` for `auto`."""
     asked = config.precision.default
     chosen = "float32" if asked == "auto" else asked
-    return {"asked": asked, "chosen": {label: chosen for label in (*config.explainers, *config.metrics)}}
+    return {"asked": asked, "chosen": dict.fromkeys((*config.explainers, *config.metrics), chosen)}

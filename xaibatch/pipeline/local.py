@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from xaibatch.pipeline.adapter import score_adapter
 from xaibatch.pipeline.cells import MetricGroup
@@ -25,6 +26,13 @@ def run_local(job: Job, work: Sequence[ShardWork], progress: Progress, *, device
     for cell in failed:
         progress.failed(cell)
     return failed
+
+
+def calibrate_local(job: Job, shard: Shard, *, device: str = "cpu") -> dict[str, Any]:
+    """Choose precisions on a sample, in this process."""
+    from xaibatch.pipeline.calibrate import calibrate
+
+    return calibrate(Session(job, device=device), shard)
 
 
 def _run_shard(session: Session, job: Job, work: ShardWork, progress: Progress) -> list[FailedCell]:

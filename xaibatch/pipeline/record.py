@@ -12,7 +12,6 @@ from xaibatch.config import RunConfig, method_of
 from xaibatch.data.dataset import DataSet
 from xaibatch.data.preprocess import Preprocessing
 from xaibatch.errors import RunFolderError
-from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.pipeline.cells import build_metrics
 from xaibatch.pipeline.job import Job
 from xaibatch.results.parts import RunFolder
@@ -76,7 +75,8 @@ def check_same(record: Mapping[str, Any], config: RunConfig, dataset: DataSet, f
     """Refuse to go on with another configuration, model or data than the run folder's; say which settings differ."""
     if record.get("format") != FORMAT:
         raise RunFolderError(
-            f"{folder.url!r} has the layout {record.get('format')!r}, this version of xaibatch writes {FORMAT}: choose another --output"
+            f"{folder.url!r} has the layout {record.get('format')!r}, this version of xaibatch writes {FORMAT}: "
+            "choose another --output"
         )
     differing = differences(RunConfig.model_validate(record["config"]).identity(), config.identity())
     if differing:
@@ -88,7 +88,8 @@ def check_same(record: Mapping[str, Any], config: RunConfig, dataset: DataSet, f
     if record["data"]["checksum"] != dataset.checksum:
         raise RunFolderError(
             f"the data at {dataset.root!r} has changed since the run {folder.url!r} began "
-            f"(index checksum {record['data']['checksum'][:12]} there, {dataset.checksum[:12]} now). Choose another --output"
+            f"(index checksum {record['data']['checksum'][:12]} there, {dataset.checksum[:12]} now). "
+            "Choose another --output"
         )
 
 
@@ -130,6 +131,8 @@ def describe_data(config: RunConfig, dataset: DataSet) -> dict[str, Any]:
 
 def describe_explainers(config: RunConfig) -> dict[str, Any]:
     """Per label: method, options in full, title, paper, sign, granularity, cost."""
+    from xaibatch.explainers.resolve import resolve_explainer  # torch: only a new run needs it
+
     described = {}
     for label, options in config.explainers.items():
         name, keywords = method_of(label, options)

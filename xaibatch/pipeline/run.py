@@ -11,15 +11,21 @@ from xaibatch.data.dataset import DataSet, open_dataset
 from xaibatch.data.sampling import sample, shards
 from xaibatch.errors import ConfigError, DataError, RunFolderError
 from xaibatch.pipeline.estimate import Estimate, estimate
-from xaibatch.pipeline.facts import settle_model
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.record import RECORD, check_same, job_of, new_record, now
-from xaibatch.pipeline.work import CellReport, FailedCell, Progress, ShardWork, pending
+from xaibatch.pipeline.work import FailedCell, Progress, ShardWork, pending
 from xaibatch.results.lock import RunLock
 from xaibatch.results.parts import RunFolder
+from xaibatch.types import Shard
+
+WORTH_IMAGES = 20
+"""A run must have this many times the calibration sample's images; below, calibrating costs more than it saves."""
 
 Engine = Callable[[Job, Sequence[ShardWork], Progress], list[FailedCell]]
 """Does the work: `xaibatch.pipeline.local.run_local` or `xaibatch.cluster.driver.run_on_ray`."""
+
+Calibrate = Callable[[Job, Shard], dict[str, Any]]
+"""Chooses precisions where the run's model will compute: `calibrate_local` or `calibrate_on_ray` beside those."""
 
 
 class Watcher(Progress, Protocol):
@@ -45,14 +51,17 @@ class Outcome:
         return not self.failed and not self.num_image_failures
 
 
-def evaluate(config: RunConfig, engine: Engine, watcher: Watcher) -> Outcome:
-    """Run or resume an evaluation. Raises UsageError for anything that the user must mend before work can start."""
+def evaluate(config: RunConfig, engine: Engine, watcher: Watcher, calibrate: Calibrate | None = None) -> Outcome:
+    """Run or resume an evaluation. Raises UsageError for anything that the user must mend before work can start.
+
+    Without `calibrate`, precision `auto` means float32.
+    """
     dataset = choose_images(config)
     folder = RunFolder(config.output or f"runs/{_name(config, dataset)}")
     folder.create()
     with RunLock(folder):
         folder.sweep()
-        record = _open_record(config, folder, dataset)
+        record = _open_record(config, folder, dataset, calibrate)
         job = job_of(record, config, folder)
         cut = shards(dataset.records, config.engine.shard_size)
         work = pending(job, cut)
@@ -85,8 +94,7 @@ def preview(config: RunConfig) -> Estimate:
     """What the whole run would cost, without writing anything."""
     dataset = choose_images(config)
     folder = RunFolder(config.output or f"runs/{_name(config, dataset)}")
-    model, precisions = settle_model(config, dataset)
-    record = new_record(config, folder, dataset, model, precisions)
+    record = _new_record(config, folder, dataset)
     job = job_of(record, config, folder)
     return estimate(job, pending(job, shards(dataset.records, config.engine.shard_size)), record)
 
@@ -114,7 +122,7 @@ def _name(config: RunConfig, dataset: DataSet) -> str:
     return f"{config.model.name}-{place.stem if place.suffix else place.name}-{config.digest()[:8]}"
 
 
-def _open_record(config: RunConfig, folder: RunFolder, dataset: DataSet) -> dict[str, Any]:
+def _open_record(config: RunConfig, folder: RunFolder, dataset: DataSet, calibrate: Calibrate | None) -> dict[str, Any]:
     """The folder's record after a check that it is the same run, or a new one."""
     if folder.exists(RECORD):
         try:
@@ -127,10 +135,29 @@ def _open_record(config: RunConfig, folder: RunFolder, dataset: DataSet) -> dict
         return record
     if folder.parts("scores") or folder.parts("maps"):
         raise RunFolderError(f"{folder.url!r} has results but no {RECORD}: choose another --output")
-    model, precisions = settle_model(config, dataset)
-    record = new_record(config, folder, dataset, model, precisions)
+    record = _new_record(config, folder, dataset)
+    if config.precision.default == "auto" and calibrate is not None:
+        record["precision"] |= _calibrated(config, folder, dataset, record, calibrate)
     folder.write_json(record, RECORD)
     return record
 
 
-__all__ = ["CellReport", "Engine", "Outcome", "Watcher", "choose_images", "evaluate"]
+def _new_record(config: RunConfig, folder: RunFolder, dataset: DataSet) -> dict[str, Any]:
+    from xaibatch.pipeline.facts import (
+        settle_model,
+    )  # torch: only a new run needs it here, a finished one answers at once
+
+    model, precisions = settle_model(config, dataset)
+    return new_record(config, folder, dataset, model, precisions)
+
+
+def _calibrated(
+    config: RunConfig, folder: RunFolder, dataset: DataSet, record: dict[str, Any], calibrate: Calibrate
+) -> dict[str, Any]:
+    """What a calibration on a sample of the run's own images chose; why there was none for a small run."""
+    num_images = config.precision.num_images
+    if len(dataset) < WORTH_IMAGES * num_images:
+        few = f"{len(dataset)} images are fewer than {WORTH_IMAGES} x {num_images}"
+        return {"why": f"{few}: calibrating would cost more than it saves"}
+    chosen = sample(dataset, num_images, config.seed)
+    return calibrate(job_of(record, config, folder), Shard(index=0, records=chosen.records))

@@ -20,7 +20,7 @@ from xaibatch.types import ALL_ZERO_MAP, ERROR, NAN_MAP, OK, ImageBatch, Score
 def plan_group(
     job: Job, group: MetricGroup, explained: ShardExplanations, batch: ImageBatch | None = None
 ) -> GroupPlan:
-    """Ask each image's questions once: for all explainers where the metric does not look at the map, else per explainer.
+    """Ask each image's questions once: for all explainers where the metric ignores the map, else per explainer.
 
     `batch` (pixels, masks, twins) is needed only where a metric of the group says so.
     """

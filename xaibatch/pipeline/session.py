@@ -1,6 +1,7 @@
 """A model on a device, holding shards: explains images, answers plans and variants. What a replica does, without Ray.
 
-Shape letters: B images of a shard, N images of one call, C channels, H W pixels, h w a map's own sides, K classes, S samples.
+Shape letters: B images of a shard, N images of one call, C channels, H W pixels, h w a map's own sides, K classes, S
+samples.
 """
 
 from collections import OrderedDict, defaultdict
@@ -43,7 +44,7 @@ class _Held:
 
 @dataclass(frozen=True, kw_only=True)
 class _Item:
-    """One image to explain: a row of the shard's images or a changed copy, with its key; target -1: the predicted class."""
+    """One image to explain: one of the shard's or a changed copy, with its key; target -1: the predicted class."""
 
     image_CHW: Tensor
     key: DrawKey
@@ -138,7 +139,7 @@ class Session:
     def explain_images(
         self, label: str, images_BCHW: NDArray[np.floating], targets_B: Sequence[int], keys: Sequence[DrawKey]
     ) -> list[NDArray[np.floating]]:
-        """One explainer's native maps of given images and targets: what adapter metrics' `explain_func` is answered with."""
+        """One explainer's native maps of given images and targets: the answer to an adapter's `explain_func`."""
         images = torch.as_tensor(images_BCHW, dtype=self.dtype, device=self.device)
         items = [
             _Item(image_CHW=image, key=key, target=int(target))

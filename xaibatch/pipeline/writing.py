@@ -13,7 +13,7 @@ from xaibatch.types import Score, Shard
 
 
 def write_explanations(job: Job, shard: Shard, explained: ShardExplanations) -> None:
-    """Write the parts of `failures` (if any), `predictions` and, last, `maps`: a shard whose maps exist is explained."""
+    """Write the parts of `failures` (if any), `predictions` and, last, `maps`: a shard with maps is explained."""
     if explained.failures:
         job.folder.write_part("failures", shard.name, schema.failures_table(explained.failures, run=job.run))
     job.folder.write_part(
