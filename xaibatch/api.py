@@ -39,16 +39,16 @@ def explain(
 
     model: from `xaibatch.load_model`, or any timm classifier (images -> logits); left as it is, also its mode.
     images_BCHW: normalised as the model expects; float64 images compute in float64 (on a float64 copy of the model).
-    explainer: a name of `xaibatch list explainers`, `captum:<Class>`, `zennit:<composite>` or `package.module:function`.
+    explainer: a name of `xaibatch list explainers`, `captum:<Class>`, `zennit:<composite>`, `package.module:function`.
     targets: class to explain, one for all or one per image; None: the class predicted for each image.
-    seed, image_ids: random explainers key their draws by them; without ids an image is identified by its content, so that
-        a map depends neither on the batch nor on the order.
+    seed, image_ids: random explainers key their draws by them; without ids an image is identified by its content, so
+        that a map depends neither on the batch nor on the order.
     resolution: `native` returns the explainer's own granularity instead, (B,H,W) for pixel and segment explainers.
     options: the explainer's own options, e.g. `num_samples=200`.
 
-    A positive value raises the target's logit; whether negative values occur is the explainer's `signed`. Maps that are all
-    zero or hold NaN are returned as they are. Raises UnknownNameError, ConfigError for wrong names and options, ModelError
-    for a model that the explainer cannot read.
+    A positive value raises the target's logit; whether negative values occur is the explainer's `signed`. Maps that are
+    all zero or hold NaN are returned as they are. Raises UnknownNameError, ConfigError for wrong names and options,
+    ModelError for a model that the explainer cannot read.
     """
     if images_BCHW.ndim != 4:
         raise UsageError(f"images must be (B,C,H,W), received shape {tuple(images_BCHW.shape)}")

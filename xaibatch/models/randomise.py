@@ -13,7 +13,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def layer_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules with parameters of their own that can re-initialise themselves, in forward (definition) order."""
+    """Names of the modules with own parameters that can re-initialise themselves, in definition (forward) order."""
     return tuple(
         name
         for name, module in model.named_modules()
@@ -25,8 +25,8 @@ def randomised(model: ModuleT, variant: WeightsVariant) -> ModuleT:
     """Return a copy whose layers were re-initialised by their own `reset_parameters` (Adebayo et al., NeurIPS 2018).
 
     Order `top_down` resets the last `num_layers` layers, `bottom_up` the first ones, `independent` only layer number
-    `num_layers` from the top (1 is the head); -1 resets all. Draws are keyed by (seed, layer name): a layer's new weights
-    do not depend on which other layers are reset. The model itself and the global random state are left as they are.
+    `num_layers` from the top (1 is the head); -1 resets all. Draws are keyed by (seed, layer name): a layer's new
+    weights do not depend on which other layers are reset. The model itself and the global random state are left as they are.
     Parameters outside such modules (class token, position embedding) stay, as in Quantus.
     """
     changed = copy.deepcopy(model)
