@@ -15,7 +15,8 @@ class FindingOptions(Options):
     """Findings that become classes, in order of priority; others are left unread. None: every finding of the set."""
 
     several: Literal["exclude", "first"] = "exclude"
-    """An image with more than one of these findings: left out, or filed under the first of `classes`."""
+    """An image with more than one of these findings: left out, or filed under the first of `classes`
+    (of the set's own order where none are given)."""
 
     uncertain: Literal["exclude", "negative", "positive"] = "exclude"
     """A finding marked as uncertain (-1 of CheXpert): the image is left out, or it counts as absent or present."""

@@ -63,7 +63,7 @@ def split_name(text: str | None) -> str | None:
     ('val', 'test', 'fold-3', None)
     """
     name = (text or "").strip().lower()
-    spelling = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+    spelling = {"training": "train", "valid": "val", "validate": "val", "validation": "val", "testing": "test"}
     return spelling.get(name, name) or None
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -24,6 +25,9 @@ NESTED: Final = ("state_dict", "model_state_dict", "model", "model_ema", "state_
 
 PREFIXES: Final = ("module.", "_orig_mod.", "backbone.", "model.")
 """What wrappers put before every name: data parallel, torch.compile, this package's Classifier, Lightning."""
+
+RECORDED: Final = ("classes", "class_names", "mean", "std", "preprocessing")
+"""What is taken over from beside the weights of a `.pth`; a safetensors header is taken over whole."""
 
 MAX_BYTES: Final = 64 << 30
 
@@ -151,31 +155,26 @@ def _safetensors(content: bytes, path: str) -> tuple[Mapping[str, Tensor], dict[
 def _tensors_of_pickle(content: bytes, path: str) -> tuple[Mapping[str, Tensor], dict[str, Any], str]:
     try:
         # A Namespace is what training scripts add most often (their arguments); it holds values and runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols that are refused or read all the same
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if (
-            "Unsupported global" in str(error)
-            or "Unsupported class" in str(error)
-            or "unsupported" in str(error).lower()
-        ):
-            wanted = str(error).partition("GLOBAL ")[2].partition(" ")[0]
-            raise ModelError(
-                f"checkpoint {path!r} is refused: besides weights it holds Python objects "
-                f"{f'({wanted}) ' if wanted else ''}that could run code when loaded. Where you trust it, save its weights alone: "
-                "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
-            ) from None
-        raise ModelError(f"checkpoint {path!r} is truncated or no PyTorch file") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        wanted = str(error).partition("GLOBAL ")[2].partition(" ")[0]
+        objects = f"Python objects ({wanted})" if wanted else "Python objects"
+        raise ModelError(
+            f"checkpoint {path!r} is refused: it is damaged, or besides weights it holds {objects} that could run code "
+            "when loaded. Where you trust it, save its weights alone: "
+            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:
         raise ModelError(f"checkpoint {path!r} is truncated or no PyTorch file: {one_line(error)[:200]}") from None
-    for key in ("", *NESTED):
+    for key in (*NESTED, ""):
         state = loaded if not key else loaded.get(key) if isinstance(loaded, Mapping) else None
         if isinstance(state, Mapping) and any(isinstance(value, Tensor) for value in state.values()):
             tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-            metadata = {
-                name: loaded[name] for name in ("classes", "class_names", "mean", "std") if key and name in loaded
-            }
-            return tensors, metadata, key
+            return tensors, {name: loaded[name] for name in RECORDED if key and name in loaded}, key
     raise ModelError(f"checkpoint {path!r} holds no weights at its top level nor under {', '.join(NESTED)}")
 
 

@@ -164,7 +164,7 @@ def _check_fit(name: str, backbone: nn.Module, checkpoint: Checkpoint) -> None:
     ]
     problems = (
         ("missing", [key for key in expected if key not in state]),
-        ("unexpected", [key for key in state if key not in expected]),
+        ("unexpected", sorted(key for key in state if key not in expected)),
         ("of another shape", shapes),
     )
     listed = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in problems if keys]
