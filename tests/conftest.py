@@ -7,6 +7,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ["tests.engine_cluster"]
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

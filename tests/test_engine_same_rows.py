@@ -1,0 +1,89 @@
+"""The Ray engine gives the rows of the plain engine, bit for bit, however many replicas, and takes up what is missing."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.engine_cluster import assert_same_rows
+from tests.toy import Watch, toy_config
+from xaibatch.cluster.driver import run_on_ray
+from xaibatch.pipeline.local import run_local
+from xaibatch.pipeline.progress import ProgressWatcher
+from xaibatch.pipeline.run import Outcome, evaluate
+from xaibatch.results.parts import RunFolder
+
+SETTINGS = {
+    "explainers": {
+        "transformer_lrp": {},
+        "lime": {"num_samples": 24, "segmentation": "slic", "segmentation_options": {"n_segments": 8}},
+        "random": {},
+    },
+    "metrics": {
+        "faithfulness_correlation": {"num_runs": 8, "subset_size": 100},
+        "pixel_flipping": {"features_in_step": 256},
+        "avg_sensitivity": {"num_samples": 2},
+        "effective_complexity": {"eps": 0.1},
+    },
+    "repeats": 2,
+    "engine__threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The undisturbed run of the plain engine."""
+    outcome = evaluate(toy_config(images, tmp_path_factory.mktemp("plain") / "run", **SETTINGS), run_local, Watch())
+    assert outcome.ok
+    return outcome.folder
+
+
+def run(images: Path, output: Path, **settings: object) -> tuple[Outcome, str]:
+    """One run on Ray and what it printed."""
+    lines = io.StringIO()
+    watcher = ProgressWatcher(stream=lines, line_s=0.0)
+    return evaluate(toy_config(images, output, **SETTINGS | settings), run_on_ray, watcher), lines.getvalue()
+
+
+def test_equals_plain_engine_and_resumes(cluster: Cluster, images: Path, tmp_path: Path, plain: RunFolder) -> None:
+    """Two replicas against the plain loop: predictions, maps (superpixels made in CPU tasks, noisy copies' too) and scores
+    are equal to the last bit. Then some parts are removed, one is cut short and a stranger is put beside them: only what
+    is missing is done again, and the rows are the same. A third call has nothing to do."""
+    outcome, printed = run(images, tmp_path / "run", engine__replicas=2)
+    assert outcome.ok and outcome.num_cells_run == 3 * 5
+    assert "2 model replicas ready" in printed and "15 of 15 cells, 12 images" in printed
+    assert "where the time went: model" in printed
+    assert_same_rows(outcome.folder, plain)
+
+    state = json.loads((tmp_path / "run" / "progress.json").read_text())
+    assert state["state"] == "done" and state["num_cells"] == 15 and state["seconds_by_stage"]["segmentation"] > 0
+    assert state["num_forward_passes"] == plain.read_json("run.json")["sessions"][0]["num_forward_passes"]
+
+    parts = sorted((tmp_path / "run" / "scores").rglob("*.parquet"))
+    parts[0].unlink()
+    parts[4].write_bytes(parts[4].read_bytes()[:100])
+    (tmp_path / "run" / "maps" / "shard-00002.parquet").unlink()
+    (tmp_path / "run" / "scores" / "notes.txt").write_text("mine")
+    again, _ = run(images, tmp_path / "run", engine__replicas=1, engine__shards_in_flight=1)
+    assert again.ok and again.num_cells_run == 3
+    assert_same_rows(outcome.folder, plain)
+
+    watch = Watch()
+    third = evaluate(toy_config(images, tmp_path / "run", **SETTINGS), run_on_ray, watch)
+    assert third.num_cells_run == 0 and watch.reports == []
+
+
+def test_tasks_and_driver_need_no_torch() -> None:
+    """Importing what a CPU task and the driver's loop import leaves the heavy packages out (an idle worker with torch weighs
+    fifteen times one without)."""
+    code = (
+        "import sys, xaibatch.cluster.tasks, xaibatch.cluster.driver\n"
+        "heavy = {'torch', 'timm', 'quantus', 'lime', 'skimage', 'sklearn', 'pandas', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
