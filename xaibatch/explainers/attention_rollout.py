@@ -33,7 +33,7 @@ class RolloutOptions(Options):
 
     normalisation: Literal["rows", "study"] = "rows"
     """`rows`: every row of A' is divided by its own sum. `study`: column j is divided by the sum of row j, which is
-    what the study's code does (it divides by `a.sum(-1)` without `keepdim`); the same only where all rows sum to one."""
+    what the study's code does (it divides by `a.sum(-1)` without `keepdim`); equal only where rows sum to one."""
 
 
 class AttentionRollout(Explainer):

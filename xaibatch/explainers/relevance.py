@@ -7,7 +7,8 @@ sums over a whole tensor (the Add rule), the sum here is per image.
 Every division is the reference's guarded one: R / (z + 1e-9) where z is not zero, and 0 where it is (its
 `clamp(min) + clamp(max)` is z + 1e-9 for either sign of z).
 
-Shape letters: O I outputs and inputs of a layer; other dimensions are the images' (first) and tokens'.
+Shape letters: B images, P patches, O I outputs and inputs of a layer; x, y, r without suffix are (B,tokens,width)
+or, at the head, (B,width).
 """
 
 import torch
@@ -21,11 +22,10 @@ GUARD = 1e-9
 
 
 def guarded_ratio(r: Tensor, z: Tensor) -> Tensor:
-    """r / (z + GUARD), 0 where z is 0."""
+    """r / (z + GUARD), 0 where z is 0; not finite where z is exactly -GUARD (the reference divides by GUARD there)."""
+    is_nonzero = torch.ne(z, 0, out=torch.empty_like(z))  # as 0.0 and 1.0: several times faster than a boolean mask
     denominator = z + GUARD
-    denominator.masked_fill_(denominator == 0, GUARD)
-    denominator.masked_fill_(z == 0, torch.inf)
-    return r / denominator
+    return torch.div(r, denominator, out=denominator).mul_(is_nonzero)
 
 
 def linear_relevance(layer: Affine, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ def linear_relevance(layer: Affine, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     An output with no positive contribution passes nothing on.
     """
     absolute, magnitude = layer.weight_OI.abs(), x.abs()
-    shift = torch.full_like(layer.weight_OI[:, 0], 2 * GUARD) if layer.bias_O is None else 2 * GUARD - layer.bias_O
-    denominator = functional.linear(magnitude, absolute, shift).add_(y)
-    s = r / torch.threshold_(denominator, 2 * GUARD, torch.inf)
+    shift = 2 * GUARD if layer.bias_O is None else 2 * GUARD - layer.bias_O
+    denominator = (y + shift).flatten(0, -2).addmm_(magnitude.flatten(0, -2), absolute.t())
+    s = r / torch.threshold_(denominator, 2 * GUARD, torch.inf).view_as(r)
     return (s @ layer.weight_OI).mul_(x).addcmul_(s @ absolute, magnitude)
 
 
@@ -48,18 +48,17 @@ def sum_relevance(x: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     Rescaled so that the two totals split the image's whole relevance in proportion to their absolute totals.
     """
     s = guarded_ratio(r, x + y)
-    a, b = x * s, y * s
-    dims = tuple(range(1, r.dim()))
-    total_a, total_b, total = (t.sum(dims, keepdim=True) for t in (a, b, r))
-    weight = total_a.abs() + total_b.abs()
-    for part, own in ((a, total_a), (b, total_b)):
-        part.mul_(guarded_ratio(guarded_ratio(own.abs(), weight) * total, own))
-    return a, b
+    shares = (x * s, s.mul_(y))
+    totals_2B = torch.stack([share.flatten(1).sum(1) for share in shares])
+    weights_2B = guarded_ratio(totals_2B.abs(), totals_2B.abs().sum(0).expand(2, -1))
+    scales_2B = guarded_ratio(weights_2B * r.flatten(1).sum(1), totals_2B)
+    first, second = (share.mul_(scale[:, None, None]) for share, scale in zip(shares, scales_2B, strict=True))
+    return first, second
 
 
 def copy_relevance(x: Tensor, r: Tensor) -> Tensor:
-    """Rule of a value used twice, r the sum of what came back: x · r/x with the guarded division (not quite r)."""
-    return x * guarded_ratio(r, x)
+    """Rule of a value used twice, r the sum of what came back: x · r / (x + GUARD), which is not quite r."""
+    return (r * x).div_(x + GUARD)
 
 
 def bounded_input_relevance(layer: Affine, patches_BPI: Tensor, r_BPO: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ factor half, as the code does for the two factors of a matrix product (also Acht
 Shape letters: B images, N tokens, Q read tokens, P patches, D width, h heads, d head width, g v grid, H W pixels.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Literal
 
@@ -30,8 +31,9 @@ from xaibatch.explainers.relevance import (
     sum_relevance,
 )
 from xaibatch.models.backward import one_hot
-from xaibatch.models.forward import BlockRecord, heads, side_by_side
-from xaibatch.models.trace import Part
+from xaibatch.models.forward import BlockRecord, heads, split_heads
+from xaibatch.models.trace import Part, record
+from xaibatch.models.vit import plain_vit
 from xaibatch.options import Options
 
 Method = Literal[
@@ -58,6 +60,10 @@ class TransformerLRPOptions(Options):
     start_layer: int = 0
     """First block of the product, for `transformer_attribution` and `rollout`."""
 
+    precision: Literal["model", "float64"] = "model"
+    """Arithmetic: the model's own, or float64 on a copy of it (about twice the time and memory on a CPU). The rules divide
+    by sums and dot products that may be next to zero, so that in float32 single images can be off by any amount."""
+
 
 @EXPLAINERS.register("transformer_lrp")
 class TransformerLRP(Explainer):
@@ -73,7 +79,10 @@ class TransformerLRP(Explainer):
     options: TransformerLRPOptions
 
     def explain(self, inputs: ExplainInput) -> Attribution:
-        return Attribution(maps_Bhw=inputs.trace.map(self.relevance))
+        if self.options.precision == "model" or inputs.images_BCHW.dtype == torch.float64:
+            return Attribution(maps_Bhw=inputs.trace.map(self.relevance))
+        exact = copy.deepcopy(plain_vit(inputs.model)).double()
+        return Attribution(maps_Bhw=record(exact, inputs.images_BCHW.double(), inputs.targets_B).map(self.relevance))
 
     def cost(self) -> str:
         return "1 forward + 1 backward + 1 relevance pass"
@@ -105,22 +114,17 @@ def attention_relevance(part: Part, lowest: int = 0) -> Iterator[Tensor]:
     r = _output_relevance(part)
     for index in range(len(part.blocks) - 1, lowest - 1, -1):
         block = part.blocks[index]
-        r_stream, r_mixed = _to_mixed(block, r)
-        s = guarded_ratio(r_mixed, heads(block.mixed_BQA, block.layers.num_heads))
-        r_weights = (s @ block.v_BhNd.transpose(-1, -2)).mul_(block.attention_BhQN).mul_(0.5)
+        r_stream, s_mixed, r_weights = _to_attention(block, r)
         yield r_weights
         if index > lowest:
-            r = _to_input(block, r_stream, s, r_weights)
+            r = _to_input(block, r_stream, s_mixed, r_weights)
 
 
 def pixel_relevance(part: Part) -> Tensor:
     """Relevance of the pixels, summed over channels, (B,H,W); signed."""
     r = _output_relevance(part)
     for block in reversed(part.blocks):
-        r_stream, r_mixed = _to_mixed(block, r)
-        s = guarded_ratio(r_mixed, heads(block.mixed_BQA, block.layers.num_heads))
-        r_weights = (s @ block.v_BhNd.transpose(-1, -2)).mul_(block.attention_BhQN).mul_(0.5)
-        r = _to_input(block, r_stream, s, r_weights)
+        r = _to_input(block, *_to_attention(block, r))
     layers, embedded = part.layers, part.record.embedded_BPD
     num_prefix, position = layers.num_prefix, layers.position_1ND
     if position is not None and layers.position_on_prefix:
@@ -146,31 +150,37 @@ def _output_relevance(part: Part) -> Tensor:
     return r_final
 
 
-def _to_mixed(block: BlockRecord, r_BQD: Tensor) -> tuple[Tensor, Tensor]:
-    """A block's output to the residual stream before attention (B,Q,D) and the heads' outputs (B,h,Q,d)."""
+def _to_attention(block: BlockRecord, r_BQD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A block's output to its attention weights.
+
+    Returns relevance of the residual stream before attention (B,Q,D); half the ratio of relevance and value at the
+    heads' outputs (B,h,Q,d), a half being what the code gives to either factor of a product; relevance of the weights.
+    """
     layers, middle = block.layers, block.middle
     r_stream, r = sum_relevance(middle, block.f_BQD, r_BQD)
     r = linear_relevance(layers.mlp_out, block.hidden_BQF, block.f_BQD, r)
     if layers.gated:
-        s = guarded_ratio(r, block.hidden_BQF).mul_(block.hidden_BQF).mul_(0.5)
-        r = layers.join(s, s)
+        half = copy_relevance(block.hidden_BQF, r).mul_(0.5)
+        r = layers.join(half, half)
     r = linear_relevance(layers.mlp_in, block.n2_BQD, block.pre_BQF, r)
-    r = copy_relevance(middle, r_stream + r)
+    r = copy_relevance(middle, r.add_(r_stream))
     r_stream, r = sum_relevance(block.x_BND[:, : block.num_read], block.a_BQD, r)
-    return r_stream, heads(linear_relevance(layers.out, block.mixed_BQA, block.a_BQD, r), layers.num_heads)
+    r = linear_relevance(layers.out, block.mixed_BQA, block.a_BQD, r)
+    s_mixed = heads(guarded_ratio(r, block.mixed_BQA).mul_(0.5), layers.num_heads).contiguous()
+    return r_stream, s_mixed, (s_mixed @ block.v_BhNd.transpose(-1, -2)).mul_(block.attention_BhQN)
 
 
-def _to_input(block: BlockRecord, r_stream_BQD: Tensor, s_BhQd: Tensor, r_weights_BhQN: Tensor) -> Tensor:
-    """On to the block's input (B,N,D): values, then queries and keys through the unscaled dot products."""
-    layers = block.layers
-    r_v = (block.attention_BhQN.transpose(-1, -2) @ s_BhQd).mul_(block.v_BhNd).mul_(0.5)
-    s = guarded_ratio(r_weights_BhQN, block.q_BhQd @ block.k_BhNd.transpose(-1, -2)).mul_(0.5)
-    r_q = (s @ block.k_BhNd).mul_(block.q_BhQd)
-    r_k = (s.transpose(-1, -2) @ block.q_BhQd).mul_(block.k_BhNd)
-    r_kv = torch.cat((side_by_side(r_k), side_by_side(r_v)), dim=-1)
-    r = linear_relevance(layers.to_kv, block.n1_BND, block.kv_raw_BNA, r_kv)
-    read = slice(block.num_read)
-    r[:, read] += linear_relevance(layers.to_q, block.n1_BND[:, read], block.q_raw_BQA, side_by_side(r_q))
+def _to_input(block: BlockRecord, r_stream_BQD: Tensor, s_mixed_BhQd: Tensor, r_weights_BhQN: Tensor) -> Tensor:
+    """On to the block's input (B,N,D): through values, and through queries and keys by the unscaled dot products."""
+    layers, read = block.layers, slice(block.num_read)
+    r_qkv = torch.zeros_like(block.qkv_BNA)
+    to_q, to_k, to_v = split_heads(r_qkv, layers.num_heads)
+    q, half_k = block.q_BhNd[:, :, read], block.k_BhNd * 0.5
+    s = guarded_ratio(r_weights_BhQN, q @ block.k_BhNd.transpose(-1, -2))
+    torch.mul(s @ half_k, q, out=to_q[:, :, read])
+    torch.mul(s.transpose(-1, -2) @ q, half_k, out=to_k)
+    torch.mul(block.attention_BhQN.transpose(-1, -2) @ s_mixed_BhQd, block.v_BhNd, out=to_v)
+    r = linear_relevance(layers.to_qkv, block.n1_BND, block.qkv_BNA, r_qkv)
     r[:, read] += r_stream_BQD
     return copy_relevance(block.x_BND, r)
 
@@ -178,7 +188,7 @@ def _to_input(block: BlockRecord, r_stream_BQD: Tensor, s_BhQd: Tensor, r_weight
 def _head_mean(part: Part, index: int, relevance_BhQN: Tensor, weighted: bool) -> Tensor:
     """Mean over heads of the positive relevance, times the attention's gradient if `weighted`, (B,Q,N)."""
     if weighted:
-        relevance_BhQN = relevance_BhQN * part.attention_gradients[index]
+        return (relevance_BhQN * part.attention_gradients[index]).clamp_(min=0).mean(1)
     return relevance_BhQN.clamp(min=0).mean(1)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xaibatch.models.forward import BlockRecord, ForwardRecord, heads, side_by_side
+from xaibatch.models.forward import BlockRecord, ForwardRecord, heads, side_by_side, split_heads
 from xaibatch.models.vit import Affine
 
 
@@ -40,13 +40,17 @@ class PlainRules:
         """LayerNorm or RmsNorm over the last dimension, at input x."""
         if isinstance(norm, nn.Identity):
             return g
-        centred, inverse = standardised(norm, x)
-        normed, g = centred * inverse, weighted(norm, g) * inverse
-        g = g - normed * (g * normed).mean(-1, keepdim=True)
-        return g - g.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else g
+        if isinstance(norm, nn.LayerNorm):
+            shape, weight, bias = list(norm.normalized_shape), norm.weight, norm.bias
+            _, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, norm.eps)
+            only_input = [True, False, False]
+            return torch.ops.aten.native_layer_norm_backward(g, x, shape, mean, inverse, weight, bias, only_input)[0]
+        inverse = inverse_scale(norm, x)
+        normed, g = x * inverse, weighted(norm, g) * inverse
+        return g - normed * (g * normed).mean(-1, keepdim=True)
 
-    def activation(self, act: Callable[[Tensor], Tensor], t: Tensor, y: Tensor | None, g: Tensor) -> Tensor:
-        """An element-wise activation at t; y is its output where that was recorded."""
+    def activation(self, act: Callable[[Tensor], Tensor], t: Tensor, y: Tensor, g: Tensor) -> Tensor:
+        """An element-wise activation from input t, output y and the output's gradient g."""
         if isinstance(act, nn.GELU):
             return torch.ops.aten.gelu_backward(g, t, approximate=act.approximate)
         with torch.inference_mode(False), torch.enable_grad():
@@ -54,11 +58,12 @@ class PlainRules:
             return torch.autograd.grad(act(leaf), leaf, g)[0]
 
 
-def standardised(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The norm's centred input (RmsNorm: the input itself) and one over its standard deviation (root mean square)."""
-    centred = x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+def inverse_scale(norm: nn.Module, x: Tensor) -> Tensor:
+    """One over what the norm divides by: the standard deviation, for RmsNorm the root mean square, (..., 1)."""
     assert isinstance(norm.eps, float)
-    return centred, torch.rsqrt((centred * centred).mean(-1, keepdim=True) + norm.eps)
+    if isinstance(norm, nn.LayerNorm):
+        return torch.native_layer_norm(x, list(norm.normalized_shape), None, None, norm.eps)[2]
+    return torch.rsqrt((x * x).mean(-1, keepdim=True) + norm.eps)
 
 
 def weighted(norm: nn.Module, g: Tensor) -> Tensor:
@@ -102,7 +107,7 @@ def through_mlp(block: BlockRecord, g_BQD: Tensor, rules: PlainRules) -> Tensor:
 
 def to_mixed(block: BlockRecord, g_middle_BQD: Tensor) -> Tensor:
     """The residual stream after attention to the heads' outputs (B,h,Q,d)."""
-    return heads(g_middle_BQD @ block.layers.out.weight_OI, block.layers.num_heads)
+    return heads(g_middle_BQD @ block.layers.out.weight_OI, block.layers.num_heads).contiguous()
 
 
 def to_attention(block: BlockRecord, g_mixed_BhQd: Tensor) -> Tensor:
@@ -114,25 +119,27 @@ def through_attention(
     block: BlockRecord, g_mixed_BhQd: Tensor, g_attention_BhQN: Tensor | None, rules: PlainRules
 ) -> Tensor:
     """The heads' outputs to norm1's output (B,N,D); the gradient at the weights is taken if it was computed before."""
-    layers, width = block.layers, block.q_raw_BQA.shape[-1]
-    g_v = side_by_side(block.attention_BhQN.transpose(-1, -2) @ g_mixed_BhQd)
-    g_v = g_v * rules.v_factor if rules.v_factor != 1 else g_v
+    layers, weights = block.layers, block.attention_BhQN
+    width = block.mixed_BQA.shape[-1]
+    g_v = weights.transpose(-1, -2) @ g_mixed_BhQd
     if not rules.qk_factor:
-        return g_v @ layers.to_kv.weight_OI[width:]
+        return (side_by_side(g_v) * rules.v_factor) @ layers.to_qkv.weight_OI[2 * width :]
     g_weights = to_attention(block, g_mixed_BhQd) if g_attention_BhQN is None else g_attention_BhQN
     mean = (g_mixed_BhQd * heads(block.mixed_BQA, layers.num_heads)).sum(
         -1, keepdim=True
     )  # = (g_weights * weights).sum
-    g_dots = (g_weights - mean).mul_(block.attention_BhQN)
-    factor = rules.qk_factor * layers.scale
-    g_q = (g_dots @ block.k_BhNd).mul_(factor)
-    g_k = (g_dots.transpose(-1, -2) @ block.q_BhQd).mul_(factor)
-    k_raw = heads(block.kv_raw_BNA[..., :width], layers.num_heads)
-    g_q = rules.norm(layers.q_norm, heads(block.q_raw_BQA, layers.num_heads), g_q)
-    g_k = rules.norm(layers.k_norm, k_raw, g_k)
-    g_n1 = torch.cat((side_by_side(g_k), g_v), dim=-1) @ layers.to_kv.weight_OI
-    g_n1[:, : block.num_read] += side_by_side(g_q) @ layers.to_q.weight_OI
-    return g_n1
+    g_dots = (g_weights - mean).mul_(weights)
+    g_qkv = torch.zeros_like(block.qkv_BNA)
+    to_q, to_k, to_v = split_heads(g_qkv, layers.num_heads)
+    factor, read = rules.qk_factor * layers.scale, slice(block.num_read)
+    torch.mul(g_dots @ block.k_BhNd, factor, out=to_q[:, :, read])
+    torch.mul(g_dots.transpose(-1, -2) @ block.q_BhNd[:, :, read], factor, out=to_k)
+    torch.mul(g_v, rules.v_factor, out=to_v)
+    q_raw, k_raw, _ = split_heads(block.qkv_BNA, layers.num_heads)
+    for norm, raw, g in ((layers.q_norm, q_raw, to_q), (layers.k_norm, k_raw, to_k)):
+        if not isinstance(norm, nn.Identity):
+            g.copy_(rules.norm(norm, raw, g))
+    return g_qkv @ layers.to_qkv.weight_OI
 
 
 def to_block_input(block: BlockRecord, g_middle_BQD: Tensor, g_n1_BND: Tensor, rules: PlainRules) -> Tensor:
@@ -142,9 +149,24 @@ def to_block_input(block: BlockRecord, g_middle_BQD: Tensor, g_n1_BND: Tensor, r
     return g
 
 
+def to_first_block(record: ForwardRecord, g_BK: Tensor, rules: PlainRules) -> Tensor:
+    """Logits to the first block's input (B,N,D), keeping nothing on the way."""
+    g = through_head(record, g_BK, rules)
+    for block in reversed(record.blocks):
+        g_middle = through_mlp(block, g, rules)
+        g_n1 = through_attention(block, to_mixed(block, g_middle), None, rules)
+        g = to_block_input(block, g_middle, g_n1, rules)
+    return g
+
+
+def through_position(record: ForwardRecord, g_BND: Tensor, rules: PlainRules) -> Tensor:
+    """The first block's input to the tokens before the position embedding is added (B,N,D)."""
+    return rules.norm(record.layers.norm_pre, record.tokens_BND, g_BND)
+
+
 def through_embedding(record: ForwardRecord, g_BND: Tensor, rules: PlainRules) -> Tensor:
     """The first block's input to the flattened patches (B,P,I)."""
     layers = record.layers
-    g = rules.norm(layers.norm_pre, record.tokens_BND, g_BND)[:, layers.num_prefix :]
+    g = through_position(record, g_BND, rules)[:, layers.num_prefix :]
     g = rules.norm(layers.embed_norm, record.projected_BPD, g)
     return rules.patch(layers.patch, record.patches(), record.projected_BPD, g)

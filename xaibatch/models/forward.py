@@ -19,17 +19,16 @@ from xaibatch.models.vit import BlockLayers, VitLayers
 class BlockRecord:
     """What one block computed.
 
-    x_BND block input; n1_BND after norm1; q_raw_BQA, kv_raw_BNA (keys, then values: width 2A) projections; q_BhQd,
-    k_BhNd after qk-norm, v_BhNd; attention_BhQN after softmax; mixed_BQA attention times v, heads side by side; a_BQD
+    x_BND block input; n1_BND after norm1; qkv_BNA the three projections side by side (width 3A); q_BhNd, k_BhNd after
+    qk-norm, v_BhNd; attention_BhQN after softmax; mixed_BQA attention times v, heads side by side; a_BQD
     attention branch; n2_BQD after norm2; pre_BQF before the activation; hidden_BQF input of mlp_out; f_BQD MLP branch.
     """
 
     layers: BlockLayers
     x_BND: Tensor
     n1_BND: Tensor
-    q_raw_BQA: Tensor
-    kv_raw_BNA: Tensor
-    q_BhQd: Tensor
+    qkv_BNA: Tensor
+    q_BhNd: Tensor
     k_BhNd: Tensor
     v_BhNd: Tensor
     attention_BhQN: Tensor
@@ -54,8 +53,7 @@ class BlockRecord:
         """Attention with a row for every token; the rows a last block left out are computed here."""
         if self.num_read == self.x_BND.shape[1]:
             return self.attention_BhQN
-        layers = self.layers
-        return attention(layers.q_norm(heads(layers.to_q(self.n1_BND), layers.num_heads)), self.k_BhNd, layers.scale)
+        return attention(self.q_BhNd, self.k_BhNd, self.layers.scale)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +122,11 @@ def side_by_side(x_BhNd: Tensor) -> Tensor:
     return x_BhNd.transpose(1, 2).flatten(2)
 
 
+def split_heads(qkv_BNA: Tensor, num_heads: int) -> Tensor:
+    """(B,N,3A) as queries, keys and values (3,B,h,N,d), a view."""
+    return qkv_BNA.view(*qkv_BNA.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+
+
 def attention(q_BhQd: Tensor, k_BhNd: Tensor, scale: float) -> Tensor:
     """Softmax of scaled dot products, (B,h,Q,N)."""
     return ((q_BhQd * scale) @ k_BhNd.transpose(-1, -2)).softmax(-1)
@@ -159,10 +162,10 @@ def _with_prefix_and_position(layers: VitLayers, embedded_BPD: Tensor) -> Tensor
 
 def _block(layers: BlockLayers, x_BND: Tensor, num_read: int) -> BlockRecord:
     n1 = layers.norm1(x_BND)
-    q_raw, kv_raw = layers.to_q(n1[:, :num_read]), layers.to_kv(n1)
-    k_raw, v = (heads(half, layers.num_heads) for half in kv_raw.chunk(2, dim=-1))
-    q, k = layers.q_norm(heads(q_raw, layers.num_heads)), layers.k_norm(k_raw)
-    weights = attention(q, k, layers.scale)
+    qkv = layers.to_qkv(n1)
+    q_raw, k_raw, v = split_heads(qkv, layers.num_heads)
+    q, k, v = layers.q_norm(q_raw).contiguous(), layers.k_norm(k_raw).contiguous(), v.contiguous()
+    weights = attention(q[:, :, :num_read], k, layers.scale)
     mixed = side_by_side(weights @ v)
     a = layers.out(mixed)
     n2 = layers.norm2(x_BND[:, :num_read] + a)
@@ -176,9 +179,8 @@ def _block(layers: BlockLayers, x_BND: Tensor, num_read: int) -> BlockRecord:
         layers=layers,
         x_BND=x_BND,
         n1_BND=n1,
-        q_raw_BQA=q_raw,
-        kv_raw_BNA=kv_raw,
-        q_BhQd=q,
+        qkv_BNA=qkv,
+        q_BhNd=q,
         k_BhNd=k,
         v_BhNd=v,
         attention_BhQN=weights,

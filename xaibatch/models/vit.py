@@ -41,10 +41,6 @@ class Affine:
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight_OI, self.bias_O)
 
-    def rows(self, begin: int, end: int | None = None) -> "Affine":
-        """The layer that gives outputs begin..end only."""
-        return Affine(self.weight_OI[begin:end], None if self.bias_O is None else self.bias_O[begin:end])
-
     def scaled(self, gamma_O: Tensor | None) -> "Affine":
         """The same layer followed by a product with gamma (LayerScale), as one layer."""
         if gamma_O is None:
@@ -56,13 +52,12 @@ class Affine:
 class BlockLayers:
     """The layers of one transformer block, LayerScale folded into the linear layer before it (the same function).
 
-    to_q gives (B,N,A), to_kv (B,N,2A). `mlp_in` gives the hidden layer before the activation; for gated blocks gate and
-    value side by side, the gate first if `gate_first`: hidden = act(gate) * value. `gated` is False for a plain MLP.
+    to_qkv gives queries, keys and values side by side (B,N,3A). `mlp_in` gives the hidden layer before the activation;
+    for `gated` blocks gate and value side by side, the gate first if `gate_first`, and hidden = act(gate) * value.
     """
 
     norm1: nn.Module
-    to_q: Affine
-    to_kv: Affine
+    to_qkv: Affine
     q_norm: nn.Module
     k_norm: nn.Module
     num_heads: int
@@ -108,8 +103,6 @@ def plain_vit(model: nn.Module) -> VisionTransformer:
 def block_layers(block: Any) -> BlockLayers:
     """The layers of one checked block; parameters are referred to (detached), copied only where they are folded."""
     attention, mlp = block.attn, block.mlp
-    width = attention.num_heads * attention.head_dim
-    qkv = _affine(attention.qkv)
     if isinstance(mlp, _LAYERS.SwiGLU):
         gate, value = _affine(mlp.fc1_g), _affine(mlp.fc1_x)
         bias = None if gate.bias_O is None or value.bias_O is None else torch.cat((gate.bias_O, value.bias_O))
@@ -118,8 +111,7 @@ def block_layers(block: Any) -> BlockLayers:
         mlp_in = _affine(mlp.fc1)
     return BlockLayers(
         norm1=block.norm1,
-        to_q=qkv.rows(0, width),
-        to_kv=qkv.rows(width),
+        to_qkv=_affine(attention.qkv),
         q_norm=attention.q_norm,
         k_norm=attention.k_norm,
         num_heads=attention.num_heads,
