@@ -1,4 +1,5 @@
-"""The Ray engine gives the rows of the plain engine, bit for bit, however many replicas, and takes up what is missing."""
+"""The Ray engine gives the rows of the plain engine, bit for bit, however many replicas, and takes up what is
+missing."""
 
 import io
 import json
@@ -50,9 +51,9 @@ def run(images: Path, output: Path, **settings: object) -> tuple[Outcome, str]:
 
 
 def test_equals_plain_engine_and_resumes(cluster: Cluster, images: Path, tmp_path: Path, plain: RunFolder) -> None:
-    """Two replicas against the plain loop: predictions, maps (superpixels made in CPU tasks, noisy copies' too) and scores
-    are equal to the last bit. Then some parts are removed, one is cut short and a stranger is put beside them: only what
-    is missing is done again, and the rows are the same. A third call has nothing to do."""
+    """Two replicas against the plain loop: predictions, maps (superpixels made in CPU tasks, noisy copies' too) and
+    scores are equal to the last bit. Then some parts are removed, one is cut short and a stranger is put beside them:
+    only what is missing is done again, and the rows are the same. A third call has nothing to do."""
     outcome, printed = run(images, tmp_path / "run", engine__replicas=2)
     assert outcome.ok and outcome.num_cells_run == 3 * 5
     assert "2 model replicas ready" in printed and "15 of 15 cells, 12 images" in printed
@@ -78,8 +79,8 @@ def test_equals_plain_engine_and_resumes(cluster: Cluster, images: Path, tmp_pat
 
 
 def test_tasks_and_driver_need_no_torch() -> None:
-    """Importing what a CPU task and the driver's loop import leaves the heavy packages out (an idle worker with torch weighs
-    fifteen times one without)."""
+    """Importing what a CPU task and the driver's loop import leaves the heavy packages out (an idle worker with torch
+    weighs fifteen times one without)."""
     code = (
         "import sys, xaibatch.cluster.tasks, xaibatch.cluster.driver\n"
         "heavy = {'torch', 'timm', 'quantus', 'lime', 'skimage', 'sklearn', 'pandas', 'matplotlib'}\n"

@@ -75,7 +75,7 @@ class RunFolder:
             ) from None
 
     def exists(self, *parts: str) -> bool:
-        return bool(self._fs.exists(self.path(*parts)))
+        return bool(self._retry(lambda: self._fs.exists(self.path(*parts)), f"look for {parts[-1]!r}"))
 
     # -- bytes and JSON
 
@@ -165,7 +165,7 @@ class RunFolder:
             return self._retry(read, f"read {path!r}")
         except (pa.ArrowException, OSError) as error:
             raise RunFolderError(
-                f"{path!r} cannot be read as a part ({error}): remove it and run the same command again"
+                f"{path!r} cannot be read as a part ({' '.join(str(error).split())}): remove it and run the same command again"
             ) from None
 
     def _listing(self, table: str) -> Iterator[tuple[str, str, str]]:

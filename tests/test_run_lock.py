@@ -1,0 +1,161 @@
+"""The run folder's lock: one holder, a refusal that names it, heartbeats, and a takeover that only one wins."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xaibatch.errors import RunFolderError
+from xaibatch.results.lock import LOCK, RunLock
+from xaibatch.results.parts import RunFolder
+
+HOLD = """
+import sys, time
+from xaibatch.results.lock import RunLock
+from xaibatch.results.parts import RunFolder
+with RunLock(RunFolder(sys.argv[1]), beat_s=0.05):
+    print("holding", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    made = RunFolder(str(tmp_path / "run"))
+    made.create()
+    return made
+
+
+def hold(folder: RunFolder) -> subprocess.Popen[str]:
+    """Another process that holds the lock."""
+    root = str(Path(__file__).resolve().parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder.url],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert process.stdout is not None and process.stdout.readline() == "holding\n"
+    return process
+
+
+def end(process: subprocess.Popen[str], number: int) -> None:
+    process.send_signal(number)
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def test_the_second_run_refuses_and_names_the_holder(folder: RunFolder) -> None:
+    holder = hold(folder)
+    try:
+        with pytest.raises(RunFolderError, match=rf"process {holder.pid} on .*, for \d+ s, last seen 0 s ago"):
+            RunLock(folder).__enter__()
+    finally:
+        end(holder, signal.SIGKILL)
+
+
+def test_a_killed_holder_s_lock_is_taken_over_at_once(folder: RunFolder) -> None:
+    holder = hold(folder)
+    end(holder, signal.SIGKILL)
+    with RunLock(folder) as lock:
+        assert lock.taken_over is not None and lock.taken_over.pid == holder.pid
+    assert not folder.exists(LOCK)
+
+
+def test_a_suspended_holder_on_this_host_keeps_its_lock(folder: RunFolder) -> None:
+    """Its process is alive, so however old the heartbeat, it may go on."""
+    holder = hold(folder)
+    holder.send_signal(signal.SIGSTOP)
+    try:
+        time.sleep(0.3)
+        with pytest.raises(RunFolderError, match="in use by another run"):
+            RunLock(folder, stale_s=0.1).__enter__()
+    finally:
+        end(holder, signal.SIGKILL)
+
+
+def write_foreign(folder: RunFolder, heartbeat_age_s: float) -> None:
+    """A lock that a process on another host wrote."""
+    now = time.time()
+    content = {"token": "t", "host": "elsewhere/1/2", "pid": 1, "process_started": "9", "since": now - 7200}
+    folder.write_json({**content, "heartbeat": now - heartbeat_age_s}, LOCK)
+
+
+def test_another_host_s_lock_is_judged_by_its_heartbeat(folder: RunFolder) -> None:
+    write_foreign(folder, heartbeat_age_s=30)
+    with pytest.raises(RunFolderError, match=r"process 1 on elsewhere, for 2 h 0 min, last seen 30 s ago.*after 90 s"):
+        RunLock(folder).__enter__()
+    write_foreign(folder, heartbeat_age_s=91)
+    with RunLock(folder):
+        pass
+
+
+def test_a_lock_file_that_is_none_is_replaced(folder: RunFolder) -> None:
+    folder.write_bytes(b"not a lock", LOCK)
+    with RunLock(folder):
+        assert json.loads(folder.read_bytes(LOCK))["pid"] == os.getpid()
+
+
+def test_heartbeats_and_loss(folder: RunFolder) -> None:
+    """The heartbeat moves on; a holder whose lock was taken away notices and does not remove the new one."""
+    with RunLock(folder, beat_s=0.02) as lock:
+        first = json.loads(folder.read_bytes(LOCK))["heartbeat"]
+        deadline = time.monotonic() + 10
+        while json.loads(folder.read_bytes(LOCK))["heartbeat"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        write_foreign(folder, heartbeat_age_s=0)
+        while not lock.lost:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert json.loads(folder.read_bytes(LOCK))["host"] == "elsewhere/1/2"
+
+
+def test_of_many_who_find_a_stale_lock_one_wins(folder: RunFolder) -> None:
+    """Twelve processes take over the same stale lock at the same moment, four times."""
+    context = multiprocessing.get_context("fork")
+    for _ in range(4):
+        write_foreign(folder, heartbeat_age_s=1000)
+        start, done = context.Barrier(12), context.Barrier(12)
+        results = context.SimpleQueue()
+        contenders = [context.Process(target=contend, args=(folder, start, done, results)) for _ in range(12)]
+        for process in contenders:
+            process.start()
+        for process in contenders:
+            process.join()
+        assert sum(results.get() for _ in contenders) == 1
+
+
+def contend(folder: RunFolder, start: Any, done: Any, results: Any) -> None:
+    lock = RunLock(folder)
+    start.wait()
+    try:
+        lock.__enter__()
+        won = True
+    except RunFolderError:
+        won = False
+    done.wait()
+    if won:
+        lock.__exit__(None, None, None)
+    results.put(won)
+
+
+def test_object_store() -> None:
+    """On a store without `flock` the refusal, the heartbeat's verdict and the release are the same."""
+    folder = RunFolder("memory://locks/run")
+    with RunLock(folder, beat_s=0.02):
+        with pytest.raises(RunFolderError, match="in use by another run"):
+            RunLock(folder).__enter__()
+        time.sleep(0.1)
+    assert not folder.exists(LOCK)
+    write_foreign(folder, heartbeat_age_s=1000)
+    with RunLock(folder) as lock:
+        assert lock.taken_over is not None and lock.taken_over.host == "elsewhere/1/2"
