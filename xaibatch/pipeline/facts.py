@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from xaibatch.config import RunConfig
+from xaibatch.config import RunConfig, method_of
 from xaibatch.data.dataset import DataSet
 from xaibatch.data.labels import label_indices
+from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.models.classifier import Classifier
 from xaibatch.models.load import load_model
+from xaibatch.models.vit import plain_vit
 
 CONV_PATCH = 16
 """Side in pixels of the grid that maps of models without tokens are stored on."""
@@ -26,6 +28,7 @@ def settle_model(config: RunConfig, dataset: DataSet) -> tuple[dict[str, Any], d
     Raises ModelError for a model or checkpoint that does not fit, DataError for labels that the model does not have.
     """
     model = configured_model(config, dataset.class_names)
+    _check_readable(config, model)
     label_indices([record.label for record in dataset.records], model.class_names)
     facts = {
         "name": config.model.name,
@@ -37,6 +40,14 @@ def settle_model(config: RunConfig, dataset: DataSet) -> tuple[dict[str, Any], d
         "forward_passes_per_second": round(forward_rate(model), 2) if not torch.cuda.is_available() else None,
     }
     return facts, settle_precisions(config)
+
+
+def _check_readable(config: RunConfig, model: Classifier) -> None:
+    """Refuse, before any work, a model that a configured explainer cannot read (ModelError lists what is supported)."""
+    for label, options in config.explainers.items():
+        name, keywords = method_of(label, options)
+        if resolve_explainer(name)(**keywords).needs == "vit":
+            plain_vit(model)
 
 
 def configured_model(config: RunConfig, data_class_names: Sequence[str] = ()) -> Classifier:

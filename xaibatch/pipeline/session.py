@@ -178,6 +178,8 @@ class Session:
     # -- inside
 
     def _forward(self, images_NCHW: Tensor) -> NDArray[np.floating]:
+        if not len(images_NCHW):
+            return np.empty((0, len(self.job.class_names)))
         logits_NK: NDArray[np.floating] = self.runner("").forward(images_NCHW).cpu().numpy()
         return logits_NK
 
@@ -326,10 +328,11 @@ def _stack(label: str, explained: Sequence[_Explained]) -> ExplanationBatch:
     """Maps of one explainer in the order of the items, NaN where it failed."""
     known = next((outcome.maps[label] for outcome in explained if label in outcome.maps), np.full((1, 1), np.nan))
     blank = np.full(known.shape, np.nan, known.dtype)
+    maps = [outcome.maps.get(label, blank) for outcome in explained]
     names = sorted({name for outcome in explained for name in outcome.extras.get(label, {})})
     return ExplanationBatch(
         explainer=label,
-        maps_Bhw=np.stack([outcome.maps.get(label, blank) for outcome in explained]),
+        maps_Bhw=np.stack(maps) if maps else np.empty((0, 1, 1)),
         targets_B=np.array([outcome.target for outcome in explained], np.int64),
         extras={
             name: np.array([outcome.extras.get(label, {}).get(name, np.nan) for outcome in explained]) for name in names
