@@ -89,8 +89,10 @@ def test_lines_are_few(job: Job) -> None:
     assert sum("images explained" in line for line in lines.getvalue().splitlines()) == 6
 
 
-def test_live_view_on_a_terminal(job: Job) -> None:
-    """A terminal gets one bar that is redrawn, not lines."""
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_live_view_on_a_terminal(job: Job, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A terminal gets one bar that is redrawn, not lines; one that cannot redraw gets lines."""
+    monkeypatch.setenv("TERM", kind)
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -103,7 +105,9 @@ def test_live_view_on_a_terminal(job: Job) -> None:
     watcher.done(REPORT)
     watcher.finish()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-    assert "1/4 cells" in shown and "where the time went" in shown
+    assert ("1/4 cells" in shown) == (kind == "xterm")
+    assert ("1 model replica ready\n" in shown) == (kind == "dumb")
+    assert "where the time went" in shown
     assert state(job)["num_cells"] == 1
 
 

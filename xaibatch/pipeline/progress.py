@@ -39,7 +39,7 @@ class ProgressWatcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty() if live is None else live
+        self._live = Console(file=self._stream).is_interactive if live is None else live
         self._line_s, self._json_s, self._clock = line_s, json_s, clock
         self._job: Job | None = None
         self._bar: Progress | None = None
