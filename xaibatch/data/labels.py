@@ -1,6 +1,6 @@
 """A data set's labels and a model's class names in, class indices out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,14 +8,10 @@ from numpy.typing import NDArray
 from xaibatch.errors import DataError
 
 
-def label_indices(
-    labels: Sequence[str | None], class_names: Sequence[str], aliases: Mapping[str, str] | None = None
-) -> NDArray[np.int64]:
-    """Return the class index of each label, -1 for None: exact match first, else without regard to upper and lower
-    case.
+def label_indices(labels: Sequence[str | None], class_names: Sequence[str]) -> NDArray[np.int64]:
+    """Return the class index of each label, -1 for None: an exact match, else one that differs in case only.
 
-    `aliases` maps a data label to a class name beforehand. Raises DataError with both lists for a label the model
-    does not have.
+    Raises DataError with both lists for a label that the model does not have.
 
     >>> label_indices(["Normal", None, "covid-19"], ["COVID-19", "Normal"]).tolist()
     [1, -1, 0]
@@ -26,10 +22,9 @@ def label_indices(
         folded.setdefault(name.casefold(), []).append(index)
 
     def find(label: str) -> int | None:
-        name = (aliases or {}).get(label, label)
-        if name in exact:
-            return exact[name]
-        candidates = folded.get(name.casefold(), [])
+        if label in exact:
+            return exact[label]
+        candidates = folded.get(label.casefold(), [])
         return candidates[0] if len(candidates) == 1 else None
 
     found = {label: find(label) for label in sorted({label for label in labels if label is not None})}

@@ -4,7 +4,7 @@ Shape letters: B images, C channels, H W pixels.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from xaibatch.data.boxes import boxes_mask, is_boxes
 from xaibatch.data.decode import ImageLimits, decode_in_quiet, mask_in_quiet
 from xaibatch.data.labels import label_indices
 from xaibatch.data.preprocess import Preprocessing
-from xaibatch.data.storage import ReadOptions, one_line, read_bytes
+from xaibatch.data.storage import ReadOptions, StoreError, one_line, read_bytes
 from xaibatch.errors import ImageError
 from xaibatch.types import Failure, ImageBatch, ImageRecord, Shard
 
@@ -30,7 +30,6 @@ def load_shard(
     dtype: DTypeLike = np.float32,
     limits: ImageLimits | None = None,
     reading: ReadOptions | None = None,
-    label_aliases: Mapping[str, str] | None = None,
     num_threads: int = 1,
 ) -> tuple[ImageBatch, tuple[Failure, ...]]:
     """Read, decode and preprocess a shard's images, in the shard's order.
@@ -38,9 +37,12 @@ def load_shard(
     `with_masks` reads every mask that the shard's records name, each (B,H,W) bool with `has_mask` (B,). An image that
     cannot be used is left out and becomes one Failure of stage `read`. A mask or twin that cannot be used leaves its
     image in: it counts as missing (NaN twin) and becomes a Failure of stage `mask` or `twin`. Images are in `dtype`;
-    an empty batch has B = 0. Raises DataError for a label that `class_names` does not have.
+    an empty batch has B = 0.
+
+    Raises DataError for a label that `class_names` does not have, and StoreError where a remote store fails again and
+    again: that says nothing about the images, so the shard is to be read another time.
     """
-    labels_B = label_indices([record.label for record in shard.records], class_names, label_aliases)
+    labels_B = label_indices([record.label for record in shard.records], class_names)
     reader = _Reader(
         preprocessing=preprocessing,
         masks=tuple(sorted({name for record in shard.records for name in record.masks})) if with_masks else (),
@@ -84,6 +86,8 @@ class _Reader:
         loaded = _Loaded()
         try:
             loaded.image_CHW, size = self._image(record.path)
+        except StoreError:
+            raise
         except (ImageError, OSError) as error:
             loaded.failures.append(_failure(record, "read", error))
             return loaded
@@ -91,6 +95,8 @@ class _Reader:
             if name in record.masks:
                 try:
                     loaded.masks[name] = self._mask(record.masks[name], size)
+                except StoreError:
+                    raise
                 except (ImageError, OSError) as error:
                     loaded.failures.append(_failure(record, "mask", error, f"{name} mask: "))
         if self.with_twins and record.twin is not None:
@@ -99,6 +105,8 @@ class _Reader:
                 if twin_size != size:
                     loaded.twin_CHW = None
                     raise ImageError(f"its size {_text(twin_size)} differs from the image's {_text(size)}")
+            except StoreError:
+                raise
             except (ImageError, OSError) as error:
                 loaded.failures.append(_failure(record, "twin", error, "twin: "))
         return loaded

@@ -11,13 +11,15 @@ from collections import Counter
 
 from xaibatch.data.boxes import is_boxes
 from xaibatch.data.index import Index, require_columns, split_name
-from xaibatch.data.storage import absolute, is_remote, join, parent
+from xaibatch.data.storage import absolute, is_file, is_remote, join, parent
 from xaibatch.data.table import Row, Table, read_table
 from xaibatch.errors import DataError
 from xaibatch.types import ImageRecord
 
 NEEDED = ("path", "label")
 MANIFEST_NAMES = ("manifest.csv", "manifest.parquet")
+SIMULATION_RECORD = "simulation.json"
+"""What `jobs/simulate.py` leaves beside the manifest of its images."""
 
 
 def read_manifest(path: str, *, allow_outside_root: bool = False) -> Index:
@@ -38,7 +40,12 @@ def read_manifest(path: str, *, allow_outside_root: bool = False) -> Index:
             f"{table.where}: {len(twice)} image ids come more than once, for example {', '.join(map(repr, twice[:3]))}"
         )
     has_patients = any(record.patient is not None for record in records)
-    return Index(records=records, patients_from=f"column patient of {table.where}" if has_patients else None)
+    simulated = is_file(join(root.folder, SIMULATION_RECORD))
+    return Index(
+        records=records,
+        patients_from=f"column patient of {table.where}" if has_patients else None,
+        notes=("the images are simulated: synthetic, not for clinical use",) if simulated else (),
+    )
 
 
 class Root:

@@ -3,9 +3,10 @@
 import os
 import posixpath
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -14,13 +15,15 @@ from pydantic import Field
 from xaibatch.errors import DataError
 from xaibatch.options import Options
 
+T = TypeVar("T")
+
 _BLOCK_BYTES = 16 << 20
 
 
 class ReadOptions(Options):
     """How a file is read."""
 
-    num_attempts: int = Field(default=4, ge=1)
+    num_attempts: int = Field(default=6, ge=1)
     """Attempts at a read that fails for a reason that may pass (a timeout, a reset connection)."""
 
     first_wait_s: float = Field(default=0.5, ge=0)
@@ -69,15 +72,14 @@ def is_folder(path: str) -> bool:
     """True where `path` is a folder (for an object store: where something lies under it)."""
     if not is_remote(path):
         return Path(path).is_dir()
-    system, inner = filesystem(path)
-    return bool(system.isdir(inner))
+    return bool(_asked(path, lambda system, inner: system.isdir(inner)))
 
 
 def is_file(path: str) -> bool:
+    """True where `path` is a file or an object."""
     if not is_remote(path):
         return Path(path).is_file()
-    system, inner = filesystem(path)
-    return bool(system.isfile(inner))
+    return bool(_asked(path, lambda system, inner: system.isfile(inner)))
 
 
 def local_size(path: str) -> int:
@@ -106,42 +108,52 @@ def list_files(root: str) -> tuple[FileEntry, ...]:
     """
     if not is_folder(root):
         raise DataError(f"no folder at {root!r}: give an existing folder, a manifest (.csv, .parquet) or an fsspec URL")
-    entries = _remote_entries(root) if is_remote(root) else _local_entries(root)
+    entries = _remote_entries(root) if is_remote(root) else _asked_locally(root, lambda: list(_local_entries(root)))
     return tuple(sorted(entries, key=lambda entry: entry.relative))
 
 
 def subfolders(root: str) -> tuple[str, ...]:
-    """Names of the folders directly under `root`, sorted, hidden ones left out; empty ones count too where the store
-    has such."""
+    """Names of the folders directly under `root`, sorted, hidden ones left out.
+
+    Empty ones count too, where the store has such. Raises DataError where `root` cannot be listed.
+    """
     if is_remote(root):
-        system, inner = filesystem(root)
-        items = [
-            str(info["name"]).rstrip("/") for info in system.ls(inner, detail=True) if info.get("type") == "directory"
-        ]
-        names = [item.rpartition("/")[2] for item in items]
+        listed = _asked(root, lambda system, inner: system.ls(inner, detail=True))
+        paths = [str(info["name"]).rstrip("/") for info in listed if info.get("type") == "directory"]
+        names = [path.rpartition("/")[2] for path in paths]
     else:
-        names = [item.name for item in os.scandir(root) if item.is_dir()]
+        names = _asked_locally(root, lambda: [item.name for item in os.scandir(root) if item.is_dir()])
     return tuple(sorted(name for name in names if not _hidden(name)))
 
 
 def read_bytes(path: str, options: ReadOptions | None = None) -> bytes:
-    """The whole file. A read that fails for a passing reason is tried again; raises OSError (DataError for an unknown
-    protocol)."""
+    """The whole file. A read that fails for a reason that may pass is tried again.
+
+    Raises OSError for a file that cannot be read; StoreError where a remote store failed every time or denies access;
+    DataError for an unknown protocol.
+    """
     options = options or ReadOptions()
-    for attempt in range(options.num_attempts):
+    for attempt in range(1, options.num_attempts + 1):
         try:
             return _read_once(path, options.max_bytes)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, FileTooLargeError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileTooLargeError):
             raise
-        except (OSError, TimeoutError):
-            if attempt + 1 == options.num_attempts:
+        except OSError as error:
+            if attempt < options.num_attempts and not isinstance(error, PermissionError):
+                time.sleep(options.first_wait_s * 2 ** (attempt - 1))
+            elif is_remote(path):
+                raise StoreError(f"{path!r} could not be read ({attempt} attempts): {one_line(error)}") from None
+            else:
                 raise
-            time.sleep(options.first_wait_s * 2**attempt)
     raise AssertionError("unreachable: num_attempts is at least one")
 
 
 class FileTooLargeError(OSError):
     """A file larger than `ReadOptions.max_bytes`."""
+
+
+class StoreError(OSError):
+    """A remote store that failed at every attempt: no fault of the file, which may be read another time."""
 
 
 def one_line(error: BaseException) -> str:
@@ -150,14 +162,44 @@ def one_line(error: BaseException) -> str:
 
 
 def _read_once(path: str, max_bytes: int) -> bytes:
-    system, inner = (None, path) if not is_remote(path) else filesystem(path)
-    with open(path, "rb") if system is None else system.open(inner, "rb") as stream:
-        content = bytearray()
-        while block := stream.read(_BLOCK_BYTES):
-            content += block
-            if len(content) > max_bytes:
-                raise FileTooLargeError(f"the file is larger than {max_bytes:,} bytes")
+    if not is_remote(path):
+        with open(path, "rb") as stream:
+            return _whole(stream, max_bytes)
+    system, inner = filesystem(path)
+    try:
+        with system.open(inner, "rb") as stream:
+            return _whole(stream, max_bytes)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # stores raise whatever their client libraries raise
+        raise OSError(f"{type(error).__name__}: {one_line(error)}") from None
+
+
+def _whole(stream: IO[bytes], max_bytes: int) -> bytes:
+    content = bytearray()
+    while block := stream.read(_BLOCK_BYTES):
+        content += block
+        if len(content) > max_bytes:
+            raise FileTooLargeError(f"the file is larger than {max_bytes:,} bytes")
     return bytes(content)
+
+
+def _asked(path: str, ask: Callable[[AbstractFileSystem, str], Any]) -> Any:
+    """What a remote store answers about `path`; DataError where it cannot be asked (no credentials, no such host)."""
+    system, inner = filesystem(path)
+    try:
+        return ask(system, inner)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(f"cannot read {path!r}: {type(error).__name__}: {one_line(error)}") from None
+
+
+def _asked_locally(path: str, ask: Callable[[], T]) -> T:
+    try:
+        return ask()
+    except OSError as error:
+        raise DataError(f"cannot read {path!r}: {error.strerror or one_line(error)} ({error.filename})") from None
 
 
 def _local_entries(root: str) -> Iterator[FileEntry]:
@@ -178,10 +220,14 @@ def _local_entries(root: str) -> Iterator[FileEntry]:
 
 
 def _remote_entries(root: str) -> Iterator[FileEntry]:
-    system, inner = filesystem(root)
     protocol = root.partition("://")[0]
-    start = inner.rstrip("/") + "/"
-    for name, info in system.find(inner, detail=True).items():
+    start = filesystem(root)[1].rstrip("/") + "/"
+
+    def find(system: AbstractFileSystem, inner: str) -> Any:
+        system.invalidate_cache(inner)  # a listing that this process made earlier may be out of date
+        return system.find(inner, detail=True)
+
+    for name, info in _asked(root, find).items():
         relative = str(name).removeprefix(start)
         if not any(map(_hidden, relative.split("/"))):
             size = info.get("size")
