@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
+from xaibatch.data.findings import FindingOptions
 from xaibatch.errors import ConfigError
 from xaibatch.maps import MapOptions
 from xaibatch.options import Options, validated
@@ -45,6 +46,8 @@ class DataConfig(Options):
     """A seeded, class-balanced sample of this many images; None: all."""
     allow_outside_root: bool = False
     """Allow a manifest to name files outside its own folder."""
+    findings: FindingOptions = FindingOptions()
+    """How a set with several findings an image (NIH ChestX-ray14, CheXpert) becomes one with one class an image."""
 
 
 class PrecisionConfig(Options):

@@ -111,6 +111,7 @@ def choose_images(config: RunConfig) -> DataSet:
         layout=config.data.layout,
         split=config.data.split,
         allow_outside_root=config.data.allow_outside_root,
+        findings=config.data.findings,
     )
     if config.target == "label" and any(record.label is None for record in dataset.records):
         raise ConfigError("target is 'label' but some images have no label: use target 'predicted' or label them")
