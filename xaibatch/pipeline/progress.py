@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, Final, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from xaibatch.errors import RunFolderError
 from xaibatch.pipeline.estimate import Estimate
@@ -17,6 +18,8 @@ from xaibatch.pipeline.work import CellReport, FailedCell
 
 PROGRESS: Final = "progress.json"
 
+_BAR_WIDTH: Final = 16
+_ONE_LINE: Final = Column(no_wrap=True, overflow="ellipsis")
 _CPU_STAGES: Final = ("segmentation", "plan", "score", "write")
 
 
@@ -65,9 +68,10 @@ class ProgressWatcher:
         )
         if self._live:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"),
-                TextColumn("{task.fields[state]}"), TimeElapsedColumn(), console=Console(file=self._stream),
-            )  # fmt: skip
+                BarColumn(_BAR_WIDTH),
+                TextColumn("{task.completed:,}/{task.total:,} cells, {task.fields[state]}", table_column=_ONE_LINE),
+                console=Console(file=self._stream),
+            )
             self._bar.add_task(job.run, total=expected.num_cells, state="starting")
             self._bar.start()
         self._write_json("running")
@@ -139,7 +143,7 @@ class ProgressWatcher:
         left = f", {duration(rates['seconds_left'])} left" if rates["seconds_left"] is not None else ""
         replicas = f", {self._num_replicas} replica{'s' if self._num_replicas != 1 else ''}"
         return (
-            f"{self._images:,} images explained, {rates['forward_passes_per_second']:,.0f} forward passes/s"
+            f"{self._images:,} images, {rates['forward_passes_per_second']:,.0f} forward passes/s"
             f"{left}{replicas}{self._failures()}"
         )
 
