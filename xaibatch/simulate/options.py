@@ -65,7 +65,7 @@ class LesionOptions(Options):
     ground_glass: GroundGlassOptions = Field(default_factory=GroundGlassOptions)
     consolidation: ConsolidationOptions = Field(default_factory=ConsolidationOptions)
     max_draws: int = Field(default=6, ge=1)
-    mask_share_of_peak: float = 0.2
+    mask_share_of_peak: float = 0.1
     """A pixel is in the lesion mask where the added attenuation exceeds this share of its peak, and ..."""
     mask_min_attenuation: float = 0.06
     """... this much (natural logarithm of the beam)."""

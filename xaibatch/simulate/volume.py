@@ -28,7 +28,7 @@ SKELETON: Final = (*NOT_RIBS, *range(92, 119))
 
 SPACING_MM: Final = (1.40625, 5.625, 1.40625)
 """Voxel size (z, y, x) of the prepared volume; a film pixel of 224 covers about 1.4 mm of the patient."""
-CACHE_NAME: Final = "chest-volume-v2.npz"
+CACHE_NAME: Final = "chest-volume-v1.npz"
 
 _SOFT_TISSUE_HU: Final = 60  # iodine in heart and veins (up to 1,335 HU) is brought down to this
 _VEIN_HU: Final = 1400  # so dense a "rib" is the iodine-filled vein that runs under it
