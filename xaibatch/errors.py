@@ -7,9 +7,13 @@ from difflib import get_close_matches
 class XaibatchError(Exception):
     """An error that the user can mend; its text says what was received, what was expected and what to do."""
 
+    exit_code: int = 1
+
 
 class UsageError(XaibatchError):
-    """A wrong argument, option, configuration or run folder (exit code 2)."""
+    """A wrong argument, option, configuration or run folder."""
+
+    exit_code = 2
 
 
 class UnknownNameError(UsageError):
@@ -55,17 +59,12 @@ class NotScoredError(XaibatchError):
 
 
 class EngineError(XaibatchError):
-    """The cluster or the store cannot go on with the run (exit code 1); what is finished stays, the same command
-    resumes."""
+    """The cluster or the store cannot go on with the run; what is finished stays, the same command resumes."""
 
 
 class StoppedError(XaibatchError):
     """The run was stopped from outside; `exit_code` is the shell's convention, 128 + signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
         super().__init__(message)
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.signal_number

@@ -24,9 +24,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run_app(command: typer.Typer, args: list[str] | None = None) -> None:
-    """Run a typer application; XaibatchError becomes one line on standard error and exit code 2."""
+    """Run a typer application; XaibatchError becomes one line on standard error and its own exit code."""
     try:
         command(args)
     except XaibatchError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
