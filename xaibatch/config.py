@@ -14,6 +14,9 @@ from xaibatch.errors import ConfigError
 from xaibatch.maps import MapOptions
 from xaibatch.options import Options, validated
 
+EMBEDDED = "embedded"
+"""As `data.path` and `model.checkpoint`: the shipped synthetic radiographs and their classifier."""
+
 Precision = Literal["auto", "float32", "float64", "bfloat16"]
 
 
@@ -23,7 +26,7 @@ class ModelConfig(Options):
     name: str = "vit_tiny_patch16_224"
     """timm model name."""
     checkpoint: str | None = None
-    """Local path or URL of `.safetensors` or weights-only `.pth`."""
+    """Local path or URL of `.safetensors` or weights-only `.pth`, or `embedded`."""
     class_names: tuple[str, ...] | None = None
     """Class names in the order of the logits; None: from the checkpoint, a JSON beside it, or the data."""
     pretrained: bool = False
@@ -38,7 +41,7 @@ class DataConfig(Options):
     """Which images."""
 
     path: str | None = None
-    """Folder with one sub-folder a class, a CSV/Parquet manifest, or a known layout; local or any fsspec URL."""
+    """Folder with one sub-folder a class, a CSV/Parquet manifest, a known layout, or `embedded`; local or any URL."""
     layout: str = "auto"
     split: str | None = None
     """Only the images of this split, where the data set names splits."""

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from xaibatch.cli import evaluate, explain, listing, results, sets
+from xaibatch.cli import evaluate, explain, listing, results, simulate, train
 from xaibatch.errors import XaibatchError
 
 app = typer.Typer(
@@ -14,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (evaluate, explain, results, sets, listing):
+for module in (evaluate, explain, results, train, simulate, listing):
     module.add_to(app)
 
 

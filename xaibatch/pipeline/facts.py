@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from xaibatch.config import RunConfig, method_of
+from xaibatch.config import EMBEDDED, RunConfig, method_of
 from xaibatch.data.dataset import DataSet
 from xaibatch.data.labels import label_indices
+from xaibatch.embedded import model_path
 from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.models.classifier import Classifier
 from xaibatch.models.load import load_model
@@ -54,7 +55,7 @@ def configured_model(config: RunConfig, data_class_names: Sequence[str] = ()) ->
     """The model that a configuration names; the data's labels serve where nothing else names the classes."""
     return load_model(
         config.model.name,
-        checkpoint=config.model.checkpoint,
+        checkpoint=str(model_path()) if config.model.checkpoint == EMBEDDED else config.model.checkpoint,
         class_names=config.model.class_names,
         data_class_names=data_class_names or None,
         pretrained=config.model.pretrained,

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from xaibatch.config import RunConfig
+from xaibatch.config import EMBEDDED, RunConfig
 from xaibatch.data.dataset import DataSet, open_dataset
 from xaibatch.data.sampling import sample, shards
+from xaibatch.embedded import manifest_path
 from xaibatch.errors import ConfigError, DataError, RunFolderError
 from xaibatch.pipeline.estimate import Estimate, estimate
 from xaibatch.pipeline.job import Job
@@ -102,12 +103,14 @@ def preview(config: RunConfig) -> Estimate:
 def choose_images(config: RunConfig) -> DataSet:
     """Open the data set and take the configured sample; checks what needs no model."""
     if not config.data.path:
-        raise DataError("no data: give --data a folder with one sub-folder a class, or a CSV/Parquet manifest")
+        raise DataError(
+            "no data: give --data a folder with one sub-folder a class, or a CSV/Parquet manifest (or `embedded`)"
+        )
     for section in ("explainers", "metrics"):
         if not getattr(config, section):
             raise ConfigError(f"no {section} are configured: name some with --{section} a,b (xaibatch list {section})")
     dataset = open_dataset(
-        config.data.path,
+        str(manifest_path()) if config.data.path == EMBEDDED else config.data.path,
         layout=config.data.layout,
         split=config.data.split,
         allow_outside_root=config.data.allow_outside_root,
@@ -119,7 +122,7 @@ def choose_images(config: RunConfig) -> DataSet:
 
 
 def _name(config: RunConfig, dataset: DataSet) -> str:
-    place = Path(dataset.root)
+    place = Path(config.data.path or dataset.root)
     return f"{config.model.name}-{place.stem if place.suffix else place.name}-{config.digest()[:8]}"
 
 
