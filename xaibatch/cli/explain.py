@@ -33,18 +33,20 @@ def explain(
     import xaibatch
     from xaibatch.data.decode import decode_image
     from xaibatch.embedded import MODEL_NAME, model_path
-    from xaibatch.results.overlay import write_overlay
+    from xaibatch.explainers.resolve import resolve_explainer
+    from xaibatch.results.overlay import grey_image, write_overlay
 
     if model is None:
         model, checkpoint = MODEL_NAME, checkpoint or str(model_path())
     classifier = xaibatch.load_model(model, checkpoint=checkpoint)
+    preprocessing = classifier.preprocessing
     if target is not None and target not in classifier.class_names:
         raise UsageError(f"the model has no class {target!r}. Its classes: {', '.join(classifier.class_names)}")
     failed = []
     for path in images:
         try:
             pixels = decode_image(path.read_bytes())
-            image_CHW = torch.from_numpy(classifier.preprocessing.apply(pixels))
+            image_CHW = torch.from_numpy(preprocessing.apply(pixels))
         except (OSError, ImageError) as error:
             failed.append(f"{path}: {error}")
             continue
@@ -52,16 +54,18 @@ def explain(
             probabilities_K = classifier(image_CHW[None])[0].softmax(0)
         explained = int(probabilities_K.argmax()) if target is None else classifier.class_names.index(target)
         for name in (part.strip() for part in explainer.split(",")):
-            method = xaibatch.api.explain(
+            kind = resolve_explainer(name)
+            maps_Bhw = xaibatch.explain(
                 classifier, image_CHW[None], name, explained, seed=seed, image_ids=[path.name], resolution="native"
             )
             where = output / f"{path.stem}.{name.replace(':', '-')}.png"
             write_overlay(
                 where,
-                image_HW=classifier.preprocessing.to_grey(image_CHW.numpy()),
-                map_hw=method[0].numpy(),
+                image_HW=grey_image(image_CHW.numpy(), preprocessing.mean, preprocessing.std),
+                map_hw=maps_Bhw[0].numpy(),
                 title=f"{classifier.class_names[explained]} (p = {float(probabilities_K[explained]):.2f})",
-                subtitle=name,
+                subtitle=kind.title,
+                signed=kind.signed,
             )
             print(where)
     for line in failed:
