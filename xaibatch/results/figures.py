@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from xaibatch.results.cube import Group, MetricInfo, ScoreCube
-from xaibatch.results.ranks import Agreement, Ranking, cliques
+from xaibatch.results.ranks import Ranking, cliques
 from xaibatch.results.statistics import Summary
 
 CLASS_COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
@@ -110,29 +110,25 @@ def critical_difference_figure(
     return figure
 
 
-def rank_figure(
-    agreement: Agreement, rankings: Sequence[Ranking], metrics: Mapping[str, MetricInfo], titles: Mapping[str, str]
-) -> Figure:
-    """The rank of each explainer's mean under each metric with its 95% interval: one row an explainer, one column a
-    metric."""
-    explainers = agreement.explainers
+def rank_figure(rankings: Sequence[Ranking], metrics: Mapping[str, MetricInfo], titles: Mapping[str, str]) -> Figure:
+    """The rank of each explainer's mean under each metric with its 95% interval: rows explainers, columns metrics."""
+    explainers = list(dict.fromkeys(e for ranking in rankings for e in ranking.explainers))
     figure = Figure(figsize=(1.7 + 1.25 * len(rankings), 0.36 * len(explainers) + 1.1), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     colours = mpl.colormaps["cividis"]
     for column, ranking in enumerate(rankings):
-        for row, explainer in enumerate(explainers):
-            place = ranking.explainers.index(explainer)
-            share = (agreement.ranks_ME[column, row] - 1) / max(len(explainers) - 1, 1)
+        for place, explainer in enumerate(ranking.explainers):
+            row = explainers.index(explainer)
+            share = (ranking.ranks[place] - 1) / max(len(ranking.explainers) - 1, 1)
             axes.add_patch(mpl.patches.Rectangle((column - 0.5, row - 0.5), 1, 1, color=colours(1 - share), lw=0))
             low, high = ranking.rank_low[place], ranking.rank_high[place]
             text = f"{ranking.ranks[place]:g}" + (f"  ({low:g}–{high:g})" if low != high else "")
-            axes.text(
-                column, row, text, ha="center", va="center", fontsize=8.5, color="black" if share < 0.5 else "white"
-            )
+            ink = "black" if share < 0.5 else "white"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=ink)
     axes.set_xlim(-0.5, len(rankings) - 0.5)
     axes.set_ylim(len(explainers) - 0.5, -0.5)
-    axes.set_xticks(range(len(rankings)), [_wrapped(metrics[r.metric].title) for r in rankings], fontsize=8)
+    axes.set_xticks(range(len(rankings)), [_wrapped(metrics[r.metric].title, 16) for r in rankings], fontsize=8)
     axes.set_yticks(range(len(explainers)), [titles[e] for e in explainers], fontsize=8)
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     for spine in axes.spines.values():

@@ -4,13 +4,17 @@ Shape letters: E explainers, M metrics, I images, K columns.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xaibatch.results.cube import Group, ScoreCube
-from xaibatch.results.ranks import Ranking, rank
+from xaibatch.errors import RunFolderError
+from xaibatch.results.cube import Group, ScoreCube, floor_explainer, score_cube
+from xaibatch.results.frames import Run
+from xaibatch.results.ranks import Agreement, Ranking, agreement, rank
 from xaibatch.results.statistics import Summary, summarise
 from xaibatch.results.statistics_paired import Comparison, compare
 from xaibatch.results.statistics_repeats import NoiseShare, noise_share
@@ -18,6 +22,67 @@ from xaibatch.results.statistics_repeats import NoiseShare, noise_share
 FLOOR_MARKS: Mapping[str, str] = {"undecided": "†", "worse": "‡", "too few": "?"}
 """Verdict against the random map -> mark beside a score: not distinguishable from it, worse than it, too few to
 tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Every statistic of a run that the report and the export show; keys are labels of `run.json`."""
+
+    cube: ScoreCube
+    groups: tuple[Group, ...]
+    floor: str | None
+    titles: Mapping[str, str]
+    signed: Mapping[str, bool]
+    seed: int
+    summaries: Mapping[str, Mapping[tuple[str, str], Summary]]
+    """By group title."""
+    marks: Mapping[str, Mapping[tuple[str, str], str]]
+    """By group title."""
+    pairs: Mapping[tuple[str, str, str], Comparison]
+    rankings: tuple[Ranking, ...]
+    agreement: Agreement | None
+    noise: Mapping[tuple[str, str], NoiseShare]
+
+
+def make_study(run: Run) -> Study:
+    """Compute the statistics of a run; raises RunFolderError if it has no scores yet."""
+    scores = run.scores.arrow()
+    if not scores.num_rows:
+        raise RunFolderError(f"{run.folder.url!r} has no scores yet: finish the run first")
+    cube = score_cube(scores, run.record)
+    seed = int(run.config.get("seed", 0))
+    floor = floor_explainer(cube.explainers, run.record)
+    groups = cube.groups()
+    entries: Mapping[str, Mapping[str, Any]] = run.record.get("explainers", {})
+    against = {g.title: against_floor(cube, g, floor, seed=seed) if floor else {} for g in groups}
+    ranked = rankings(cube, groups[0], seed=seed)
+    return Study(
+        cube=cube,
+        groups=groups,
+        floor=floor,
+        titles=explainer_titles(cube.explainers, entries),
+        signed={e: bool(entries.get(e, {}).get("signed", False)) for e in cube.explainers},
+        seed=seed,
+        summaries={g.title: summaries(cube, g, seed=seed) for g in groups},
+        marks={
+            title: {key: floor_mark(c) for key, c in found.items() if c.num_images} for title, found in against.items()
+        },
+        pairs=pairwise(cube, groups[0], seed=seed),
+        rankings=ranked,
+        agreement=agreement(ranked),
+        noise=noise_shares(cube, seed=seed),
+    )
+
+
+def explainer_titles(labels: tuple[str, ...], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Titles for people; the label stands in where two explainers share a title (one method with other options).
+
+    >>> explainer_titles(("a", "b"), {"a": {"title": "LIME"}, "b": {"title": "LIME"}})
+    {'a': 'LIME (a)', 'b': 'LIME (b)'}
+    """
+    titles = {label: str(entries.get(label, {}).get("title", label)) for label in labels}
+    shared = [title for title in titles.values() if list(titles.values()).count(title) > 1]
+    return {label: f"{title} ({label})" if title in shared else title for label, title in titles.items()}
 
 
 def summaries(cube: ScoreCube, group: Group, *, seed: int) -> dict[tuple[str, str], Summary]:

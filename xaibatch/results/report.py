@@ -1,0 +1,237 @@
+"""A run in, one self-contained HTML file out: works offline, loads nothing, and says what it could not show.
+
+Statistics come from `study`, figures from `figures` (as SVG), pictures from the run's data set, which is read again;
+the templates lie in `templates/`.
+"""
+
+import html
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from pydantic import Field
+
+from xaibatch.options import Options
+from xaibatch.results import figures, report_tables
+from xaibatch.results.cube import ScoreCube
+from xaibatch.results.frames import Run, open_run
+from xaibatch.results.overlay import OverlayOptions, colour_map
+from xaibatch.results.report_browser import browser_json, listed_images, probabilities_of
+from xaibatch.results.report_choice import Choice, best_and_worst, disagreements, typical
+from xaibatch.results.report_facts import facts, failure_lines, notices
+from xaibatch.results.report_figure import Material, tile_grid
+from xaibatch.results.report_findings import findings
+from xaibatch.results.report_images import load_maps, load_pictures
+from xaibatch.results.study import Study, make_study
+from xaibatch.results.summary import counted
+
+REPORT = "report.html"
+
+
+class ReportOptions(Options):
+    """How much a report shows."""
+
+    num_typical: int = Field(default=6, ge=1)
+    """Columns of the figure, shared out evenly over the classes."""
+
+    num_extreme: int = Field(default=3, ge=1)
+    """Best cases, and as many worst ones."""
+
+    num_disputed: int = Field(default=6, ge=0)
+    """Images on which explainers disagree."""
+
+    max_pixels: int = Field(default=200, ge=0)
+    """Images whose pixels are embedded for the browser; more make the file heavy."""
+
+    max_listed: int = Field(default=2000, ge=1)
+    """Images that the browser lists, with scores and maps."""
+
+    thumbnail: int = Field(default=160, ge=32)
+    """Longer side of an embedded radiograph in the browser, in pixels."""
+
+
+def write_report(url: str, output: str | Path | None = None, options: ReportOptions | None = None) -> str:
+    """Write the report into the run's folder (`report.html`) or to the local file `output`; returns where it is.
+
+    Raises RunFolderError for a folder without a run or without scores. Images that can no longer be read are replaced
+    by their maps alone, and the report says so.
+    """
+    run = open_run(url)
+    content = render_report(run, options or ReportOptions()).encode()
+    if output is None:
+        run.folder.write_bytes(content, REPORT)
+        return run.folder.path(REPORT)
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+    return str(target)
+
+
+def render_report(run: Run, options: ReportOptions) -> str:
+    """The report as HTML text; the same run gives the same text."""
+    made = make_study(run)
+    cube = made.cube
+    choices = [typical(cube, options.num_typical, made.floor), best_and_worst(cube, options.num_extreme, made.floor)]
+    leading = [i for choice in choices if choice for i in choice.image_ids]
+    listed = listed_images(cube.image_ids, leading, options.max_listed, made.seed)
+    maps = load_maps(run, listed)
+    seen = {key: stored for key, stored in maps.items() if key[0] in set(listed)}
+    choices.append(disagreements(cube, seen, options.num_disputed, made.floor))
+    shown = list(dict.fromkeys(i for choice in choices if choice for i in choice.image_ids))
+    with_pixels = listed_images(listed, shown, options.max_pixels, made.seed)
+    pictures = load_pictures(run, [*shown, *with_pixels])
+    predictions = run.predictions.arrow()
+    class_names = tuple(run.record.get("model", {}).get("class_names", ()))
+    material = Material(
+        cube=cube,
+        pictures=pictures.found,
+        maps=maps,
+        probabilities=probabilities_of(
+            predictions.select(["image_id", "predicted", "probabilities"]).to_pylist(), class_names
+        ),
+        titles=made.titles,
+        signed=made.signed,
+    )
+    context = {
+        **_text_context(run, made, pictures.notes),
+        **_picture_context(made, choices, material),
+        "sanity": report_tables.sanity(predictions, class_names, seed=made.seed),
+        "browser_note": _browser_note(len(listed), cube.num_images, len({*with_pixels} & {*pictures.found})),
+        "data": browser_json(material, listed, with_pixels, side=options.thumbnail, floor=made.floor),
+    }
+    return _template("report.html.j2").render(context)
+
+
+def _text_context(run: Run, made: Study, image_notes: tuple[str, ...]) -> dict[str, Any]:
+    cube, record = made.cube, run.record
+    everything = made.groups[0].title
+    by_metric = {m.label: m for m in cube.metrics}
+    model = record.get("model", {}).get("name", "a model")
+    return {
+        "css": _asset("report.css"),
+        "js": _asset("report.js"),
+        "title": f"{run.name}: explanations of {model}",
+        "heading": f"Explanations of {model}",
+        "lead": f"Run {run.name}: {counted(cube).split(',')[0]}, {len(cube.explainers)} explainers, "
+        f"{len(cube.metrics)} metrics",
+        "notices": [*notices(run, cube), *image_notes],
+        "findings": findings(
+            cube,
+            made.summaries[everything],
+            made.pairs,
+            made.marks[everything],
+            made.agreement,
+            made.floor,
+            made.titles,
+        ),
+        "num_tests": next((c.num_tests for c in made.pairs.values()), 0),
+        "counted": counted(cube),
+        "floor": made.floor,
+        "scored_note": _scored_note(cube),
+        "score_tables": [
+            report_tables.score_table(cube, g, made.summaries[g.title], made.marks[g.title], made.titles)
+            for g in made.groups
+        ],
+        "missing": report_tables.missing_table(cube, made.titles),
+        "matrices": [report_tables.matrix(made.pairs, m, cube.explainers, made.titles) for m in cube.metrics],
+        "pairs": report_tables.pair_table(made.pairs, by_metric, made.titles),
+        "noise": report_tables.noise_table(made.noise, cube, made.titles) if made.noise else {"rows": ()},
+        "agreement": report_tables.agreement_table(made.agreement, by_metric) if made.agreement else None,
+        "facts": facts(run),
+        "explainer_facts": report_tables.facts_table("Explainers", record.get("explainers", {}), _EXPLAINER_FACTS),
+        "metric_facts": report_tables.facts_table("Metrics", record.get("metrics", {}), _METRIC_FACTS),
+        "failures": failure_lines(run),
+        "record_json": json.dumps(record, indent=1, ensure_ascii=False),
+        "footer": f"Written by xaibatch {record.get('versions', {}).get('xaibatch', '')}. This file is complete in "
+        "itself and loads nothing.",
+    }
+
+
+def _picture_context(made: Study, choices: list[Choice | None], material: Material) -> dict[str, Any]:
+    cube, everything = made.cube, made.groups[0].title
+    by_metric = {m.label: m for m in cube.metrics}
+    by_label = [g for g in made.groups if g.kind == "label"]
+    grids = [tile_grid(choice, material) for choice in choices if choice is not None and choice.image_ids]
+    context: dict[str, Any] = {
+        "figure": grids[0] if grids else None,
+        "cases": grids[1:],
+        "colour_key": _colour_key(set(made.signed.values())),
+        "interval_svg": figures.svg(
+            figures.interval_figure(cube, made.summaries[everything], made.marks[everything], made.floor, made.titles)
+        ),
+        "distribution_svg": figures.svg(figures.distribution_figure(cube, by_label, made.titles, made.floor))
+        if by_label
+        else None,
+        "rank_svg": None,
+    }
+    if made.rankings:
+        context["critical_svg"] = figures.svg(figures.critical_difference_figure(made.rankings, by_metric, made.titles))
+        context["rank_svg"] = figures.svg(figures.rank_figure(made.rankings, by_metric, made.titles))
+    context["sections"] = [
+        (anchor, name)
+        for anchor, name in (
+            ("findings", "Findings"), ("figure", "Figure"), ("scores", "Scores"), ("differences", "Differences"),
+            ("ranks", "Ranks"), ("distributions", "Distributions"), ("cases", "Cases"), ("model", "Model"),
+            ("browser", "All images"), ("run", "What was run"),
+        )
+        if (anchor != "figure" or grids) and (anchor != "ranks" or made.rankings)
+    ]  # fmt: skip
+    return context
+
+
+_EXPLAINER_FACTS = (
+    ("title", "method"), ("paper", "paper"), ("granularity", "granularity"), ("signed", "signed"),
+    ("random", "draws random numbers"), ("cost", "cost"), ("options", "options"),
+)  # fmt: skip
+_METRIC_FACTS = (
+    ("title", "metric"), ("family", "family"), ("paper", "paper"), ("higher_is_better", "higher is better"),
+    ("bounds", "bounds"), ("options", "options"),
+)  # fmt: skip
+
+
+def _scored_note(cube: ScoreCube) -> str:
+    missing = sum(n for statuses in cube.statuses.values() for s, n in statuses.items() if s != "ok")
+    return "" if missing else "Every image was scored."
+
+
+def _browser_note(num_listed: int, num_images: int, num_pixels: int) -> str:
+    what = (
+        f"All {num_images:,} images are listed"
+        if num_listed == num_images
+        else f"{num_listed:,} of {num_images:,} images are listed: those shown above and a random sample of the others"
+    )
+    if num_pixels == num_listed:
+        return f"{what}, with their pixels. Choose one to see all its maps."
+    some = f"{num_pixels:,} of them with their pixels, the others as maps on black"
+    return f"{what}; {some}. Choose one to see all its maps."
+
+
+def _colour_key(signed: set[bool]) -> str:
+    """The colour bars of the overlays as CSS gradients over mid-grey."""
+    options = OverlayOptions()
+    keys = []
+    for kind in sorted(signed):
+        stops = []
+        for step in range(21):
+            value = step / 10 - 1 if kind else step / 20
+            opacity = options.max_opacity * abs(value) ** options.opacity_power
+            colour = colour_map(kind, options)((value + 1) / 2 if kind else value)[:3]
+            mixed = [round(255 * (part * opacity + 0.45 * (1 - opacity))) for part in colour]
+            stops.append(f"rgb({mixed[0]},{mixed[1]},{mixed[2]})")
+        ends = ("against the class", "for it (signed maps)") if kind else ("none", "the map’s own maximum")
+        bar = f'<i style="background:linear-gradient(90deg,{",".join(stops)})"></i>'
+        keys.append(f"<span>{html.escape(ends[0])}{bar}{html.escape(ends[1])}</span>")
+    return f'<p class="key">{"".join(keys)}</p>'
+
+
+def _asset(name: str) -> str:
+    return files("xaibatch.results").joinpath("templates", name).read_text("utf-8")
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_asset(name))

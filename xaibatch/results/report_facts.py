@@ -1,0 +1,125 @@
+"""A run's record in, what a reader must know before believing anything out: notices, facts, failures."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from xaibatch.results.cube import ScoreCube, floor_explainer, is_synthetic
+from xaibatch.results.frames import Run
+
+MAX_FAILURES_LISTED = 50
+
+
+def notices(run: Run, cube: ScoreCube) -> Iterator[str]:
+    """Sentences that belong above everything else: rendered images, unfinished runs, unreadable files, failures."""
+    record = run.record
+    if is_synthetic(record):
+        yield (
+            "The images are synthetic: rendered radiographs with simulated lesions. Intervals and p-values speak of the "
+            "generator of images, not of patients."
+        )
+    status = record.get("status")
+    if status not in (None, "finished"):
+        yield f"The run is not finished (status: {status}): what follows rests on the parts that exist."
+    expected = record.get("data", {}).get("num_images")
+    if expected and expected != cube.num_images:
+        yield f"{cube.num_images:,} of the run's {expected:,} images have scores."
+    failed = run.failures.arrow().num_rows
+    if failed:
+        yield f"{failed:,} {'entry' if failed == 1 else 'entries'} in the list of failures, below under “What was run”."
+    if not cube.num_patients:
+        yield (
+            "Patients are unknown: images are resampled as if each were another patient. If they are not, the intervals "
+            "are too narrow."
+        )
+    if floor_explainer(cube.explainers, record) is None:
+        yield "The run has no random map, so there is no floor that scores could be compared with."
+    for path, problem in run.problems().items():
+        yield f"Left out {path}: {problem}."
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """(name, value) pairs for a definition list."""
+    record = run.record
+    model, data, config = (record.get(key, {}) for key in ("model", "data", "config"))
+    classes = ", ".join(f"{name} {number}" for name, number in (data.get("classes") or {}).items())
+    found: list[tuple[str, Any]] = [
+        ("run", run.name),
+        ("made", " to ".join(str(record[key]) for key in ("created", "finished") if record.get(key))),
+        ("model", model.get("name")),
+        ("classes", ", ".join(model.get("class_names", ()))),
+        ("weights", _source(model)),
+        ("preprocessing", _flat(model.get("preprocessing", {}))),
+        ("data", data.get("path") or data.get("root")),
+        (
+            "images",
+            f"{data.get('num_images', 0):,}"
+            + (f" of {data['num_patients']:,} patients" if data.get("num_patients") else ""),
+        ),
+        ("true classes", classes),
+        ("data checksum", data.get("checksum")),
+        ("explained class", config.get("target")),
+        ("maps", _flat(config.get("maps", {}))),
+        ("repeats", config.get("repeats")),
+        ("seed", config.get("seed")),
+        ("precision", _precision(record.get("precision", {}))),
+        ("configuration hash", record.get("digest")),
+        ("work", _work(record.get("sessions", ()))),
+        ("versions", _flat(record.get("versions", {}))),
+        ("code", _code(record.get("code", {}))),
+    ]
+    return [(name, str(value)) for name, value in found if value not in (None, "", {})]
+
+
+def failure_lines(run: Run) -> list[str]:
+    """One line a failure, the first MAX_FAILURES_LISTED."""
+    rows = run.failures.arrow().sort_by("image_id").slice(0, MAX_FAILURES_LISTED + 1).to_pylist()
+    lines = [f"{row['image_id']} ({row['stage']}): {row['message']}" for row in rows[:MAX_FAILURES_LISTED]]
+    return [*lines, "and more: see the table `failures`"] if len(rows) > MAX_FAILURES_LISTED else lines
+
+
+def _source(model: Mapping[str, Any]) -> str:
+    source = model.get("source") or {"checksum": model.get("checksum")}
+    return _flat(source) if isinstance(source, Mapping) else str(source)
+
+
+def _flat(entries: Mapping[str, Any]) -> str:
+    """A mapping as one line.
+
+    >>> _flat({"size": [224, 224], "grey": True, "none": None})
+    'size 224 × 224, grey yes'
+    """
+    shown = []
+    for key, value in entries.items():
+        if value is None or value == {} or value == []:
+            continue
+        if isinstance(value, Mapping):
+            text = f"({_flat(value)})"
+        elif isinstance(value, bool):
+            text = "yes" if value else "no"
+        elif isinstance(value, list | tuple):
+            text = " × ".join(map(str, value))
+        else:
+            text = str(value)
+        shown.append(f"{str(key).replace('_', ' ')} {text}")
+    return ", ".join(shown)
+
+
+def _precision(precision: Mapping[str, Any]) -> str:
+    chosen = precision.get("chosen", {})
+    kinds = sorted(set(chosen.values()))
+    return "; ".join(f"{kind}: {', '.join(label for label, k in chosen.items() if k == kind)}" for kind in kinds)
+
+
+def _work(sessions: Any) -> str:
+    if not sessions:
+        return ""
+    seconds = sum(float(session.get("seconds", 0)) for session in sessions)
+    passes = sum(int(session.get("num_forward_passes", session.get("forward_passes", 0)) or 0) for session in sessions)
+    text = f"{seconds:,.0f} s in {len(sessions)} session{'s' if len(sessions) > 1 else ''}"
+    return text + (f", {passes:,} forward passes" if passes else "")
+
+
+def _code(code: Mapping[str, Any]) -> str:
+    return (
+        f"{code['commit'][:12]}{' with uncommitted changes' if code.get('dirty') else ''}" if code.get("commit") else ""
+    )
