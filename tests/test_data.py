@@ -1,6 +1,7 @@
 """Folders, manifests, sampling, decoding, preprocessing and shard loading."""
 
 import io
+import logging
 import random
 import shutil
 import struct
@@ -192,6 +193,13 @@ def test_a_manifest_gives_every_column(folder: Path) -> None:
     assert open_dataset(str(folder), layout="folder").layout == "folder"
 
 
+def test_a_simulated_set_says_that_it_is_synthetic(folder: Path) -> None:
+    path = write_manifest(folder, "path,label\na/3.png,x\n")
+    assert open_dataset(path).notes == ()
+    (folder / "simulation.json").write_text("{}")
+    assert open_dataset(path).notes == ("the images are simulated: synthetic, not for clinical use",)
+
+
 def test_csv_and_parquet_manifests_agree(folder: Path) -> None:
     table = pd.DataFrame({"path": ["a/3.png", "b/1.png"], "label": [0, 1], "patient": ["p", None]})
     table.to_csv(folder / "m.csv", index=False)
@@ -273,6 +281,36 @@ def test_a_remote_folder_equals_the_local_one(folder: Path) -> None:
     one, two = (load_shard(shards(data.records, 9)[0], SMALL, ("a", "b"))[0] for data in (local, remote))
     assert one.ids == two.ids
     np.testing.assert_array_equal(one.images_BCHW, two.images_BCHW)
+
+
+def test_a_folder_in_an_s3_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+            ("AWS_ACCESS_KEY_ID", "someone"),
+            ("AWS_SECRET_ACCESS_KEY", "secret"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(name, value)
+        store = fsspec.filesystem("s3", skip_instance_cache=True)
+        store.mkdir("xrays")
+        for entry in list_files(str(folder)):
+            store.pipe(f"xrays/set/{entry.relative}", Path(entry.path).read_bytes())
+        local, remote = open_dataset(str(folder)), open_dataset("s3://xrays/set")
+        assert remote.checksum == local.checksum
+        gone = ImageRecord(image_id="gone", path="s3://xrays/set/gone.png")
+        batch, failures = load_shard(Shard(index=0, records=(*remote.records, gone)), SMALL, ("a", "b"))
+        expected, _ = load_shard(Shard(index=0, records=local.records), SMALL, ("a", "b"))
+        np.testing.assert_array_equal(batch.images_BCHW, expected.images_BCHW)
+        assert [(failure.image_id, failure.message) for failure in failures] == [("gone", "the file does not exist")]
+    finally:
+        fsspec.filesystem("s3").clear_instance_cache()
+        server.stop()
 
 
 def test_an_unknown_protocol_says_so() -> None:
@@ -386,6 +424,7 @@ def test_samples_of_other_seeds_differ_and_have_their_own_checksum() -> None:
     assert one.class_names == dataset.class_names
 
 
+@settings(deadline=None)
 @given(num=st.integers(0, 30), size=st.integers(1, 12))
 def test_shards_are_consecutive_and_complete(num: int, size: int) -> None:
     records = made_up({"a": num}).records

@@ -4,17 +4,18 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 from xaibatch.data.chexpert import is_chexpert, read_chexpert, tables_in
 from xaibatch.data.covid_qu_ex import part_root, read_covid_qu_ex
 from xaibatch.data.findings import FindingOptions
 from xaibatch.data.folder import read_folder
-from xaibatch.data.index import Index, split_name
+from xaibatch.data.index import Index, is_dicom_name, split_name
 from xaibatch.data.manifest import MANIFEST_NAMES, NEEDED, read_manifest
 from xaibatch.data.nih import entry_table, read_nih
 from xaibatch.data.storage import absolute, is_file, is_folder, join, local_size, parent, read_bytes
-from xaibatch.data.table import is_table, read_table
+from xaibatch.data.table import columns_of, is_table
 from xaibatch.errors import DataError, UnknownNameError
 from xaibatch.types import ImageRecord
 
@@ -90,6 +91,8 @@ def open_dataset(
     if not index.records:
         raise DataError(f"no images are left of {root!r}: {'; '.join(index.notes) or 'it lists none'}")
     records = tuple(sorted(index.records, key=lambda record: record.image_id))
+    if any(is_dicom_name(record.path) for record in records) and find_spec("pydicom") is None:
+        raise DataError("the data set holds DICOM files: pip install 'xaibatch[dicom]'")
     if split is not None:
         records = _of_split(records, split, root)
     digest, digest_of = checksum(records, index.sizes, contents=contents)
@@ -138,18 +141,18 @@ def _recognised(root: str) -> tuple[str, str]:
     if is_file(root):
         if not is_table(root):
             raise DataError(f"{root!r} is one file, not a data set: give its folder, or a manifest (.csv, .parquet)")
-        columns = read_table(root).columns
+        columns = columns_of(root)
         if "Image Index" in columns:
             return "nih", parent(root)
         return ("chexpert" if is_chexpert(columns) else "manifest"), root
     for name in MANIFEST_NAMES:
         path = join(root, name)
-        if is_file(path) and {column.lower() for column in read_table(path).columns} >= set(NEEDED):
+        if is_file(path) and {column.lower() for column in columns_of(path)} >= set(NEEDED):
             return "manifest", path
     if entry_table(root):
         return "nih", root
     tables = tables_in(root)
-    if tables and all(is_chexpert(read_table(path).columns) for path in tables):
+    if tables and all(is_chexpert(columns_of(path)) for path in tables):
         return "chexpert", root
     return ("covid-qu-ex" if part_root(root) else "folder"), root
 

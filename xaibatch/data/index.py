@@ -56,6 +56,11 @@ def is_image(relative: str) -> bool:
     return bool(stem) and (dot + suffix).lower() in IMAGE_SUFFIXES
 
 
+def is_dicom_name(path: str) -> bool:
+    """True for the suffixes of DICOM files."""
+    return path.lower().endswith((".dcm", ".dicom"))
+
+
 def split_name(text: str | None) -> str | None:
     """One spelling for the names of splits: `train`, `val`, `test`; others in lower case as they are.
 

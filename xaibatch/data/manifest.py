@@ -49,42 +49,43 @@ def read_manifest(path: str, *, allow_outside_root: bool = False) -> Index:
 
 
 class Root:
-    """The folder that paths of a table start at and may not leave."""
+    """The folder that paths of a table start at and may not leave. Each folder on the way is looked up once."""
 
     def __init__(self, folder: str, *, allow_outside: bool, where: str) -> None:
         self.folder = folder
         self.allow_outside = allow_outside
         self.where = where
-        self._real: dict[str, str] = {}
+        self._real = folder if is_remote(folder) else os.path.realpath(folder)
+        self._folders: dict[str, tuple[str, bool]] = {}
 
     def resolve(self, path: str, line: int) -> str:
-        """The full path or URL of a table's path. Raises DataError where it leaves the folder, also through a local
-        link."""
-        full = absolute(path) if "://" in path or path.startswith("/") else join(self.folder, path)
-        if not self.allow_outside and not self._inside(full):
+        """The full path or URL of a table's path. Raises DataError where it leaves the folder, also through a link."""
+        written, _, name = path.rpartition("/")
+        if name in ("", ".", ".."):
+            written, name = path, "."
+        if written not in self._folders:
+            self._folders[written] = self._folder(written, path.startswith("/"))
+        folder, inside = self._folders[written]
+        full = f"{folder.rstrip('/')}/{name}"
+        if inside and not is_remote(full) and os.path.islink(full):  # noqa: PTH114
+            inside = self._holds(os.path.realpath(full))
+        if not inside and not self.allow_outside:
             raise DataError(
                 f"{self.where}, row {line}: {path!r} lies outside the manifest's folder {self.folder!r}; "
                 "move the file or the manifest, or set allow_outside_root"
             )
         return full
 
-    def _inside(self, full: str) -> bool:
+    def _folder(self, written: str, is_absolute: bool) -> tuple[str, bool]:
+        """A folder as the table writes it: its full path or URL, and whether it is the root or lies in it."""
+        full = absolute(written or "/") if is_absolute or "://" in written else join(self.folder, written or ".")
         if is_remote(full) or is_remote(self.folder):
-            # `..` behind a `://` that was written out is not resolved by `absolute`.
-            return full.startswith(self.folder.rstrip("/") + "/") and ".." not in full.split("/")
-        real = os.path.realpath(full) if os.path.islink(full) else self._real_of_folder(full)  # noqa: PTH114
-        return real.startswith(self._real_folder().rstrip("/") + "/")
+            # `..` is resolved in relative paths only; written out behind a protocol it is refused.
+            return full, self._holds(full) and ".." not in full.split("/")
+        return full, self._holds(os.path.realpath(full))
 
-    def _real_of_folder(self, full: str) -> str:
-        folder, name = os.path.split(full)
-        if folder not in self._real:
-            self._real[folder] = os.path.realpath(folder)
-        return os.path.join(self._real[folder], name)  # noqa: PTH118
-
-    def _real_folder(self) -> str:
-        if "" not in self._real:
-            self._real[""] = os.path.realpath(self.folder)
-        return self._real[""]
+    def _holds(self, real: str) -> bool:
+        return real == self._real or real.startswith(self._real.rstrip("/") + "/")
 
 
 def _records(table: Table, root: Root) -> list[ImageRecord]:

@@ -27,16 +27,25 @@ def is_table(path: str) -> bool:
 
 def read_table(path: str) -> Table:
     """Read the file, local or any fsspec URL. Raises DataError where it does not exist or is no such table."""
-    where = path.rpartition("/")[2]
+    content, where = _content(path)
+    return _parquet(content, where) if path.lower().endswith(".parquet") else _csv(content, where)
+
+
+def columns_of(path: str) -> tuple[str, ...]:
+    """The table's column names alone; raises DataError as `read_table` does."""
+    content, where = _content(path)
+    if path.lower().endswith(".parquet"):
+        return _parquet(content, where).columns
+    return _csv(content.partition(b"\n")[0], where).columns
+
+
+def _content(path: str) -> tuple[bytes, str]:
     try:
-        content = read_bytes(path)
+        return read_bytes(path), path.rpartition("/")[2]
     except FileNotFoundError:
         raise DataError(f"no file at {path!r}") from None
     except OSError as error:
         raise DataError(f"cannot read {path!r}: {one_line(error)}") from None
-    if path.lower().endswith(".parquet"):
-        return _parquet(content, where)
-    return _csv(content, where)
 
 
 def _csv(content: bytes, where: str) -> Table:
