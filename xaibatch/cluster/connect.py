@@ -33,12 +33,28 @@ def connected(engine: EngineConfig) -> Iterator[None]:
 
     Raises EngineError where the cluster cannot be reached or refuses the token.
     """
-    if ray.is_initialized():
-        yield
-        return
     address = engine.address or os.environ.get("RAY_ADDRESS") or None
-    with _joined(address) if address else _own_cluster():
+    with _quiet():
+        if ray.is_initialized():
+            yield
+        else:
+            with _joined(address) if address else _own_cluster():
+                yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray prints the errors of steps whose outcome nobody fetches; here they are those behind an error that is
+    reported."""
+    name = "RAY_IGNORE_UNHANDLED_ERRORS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
         yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 @contextmanager

@@ -11,18 +11,22 @@ from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import GroupPlan, Job, ShardExplanations
 from xaibatch.pipeline.scoring import plan_group, score_group
 from xaibatch.pipeline.session import Session
+from xaibatch.pipeline.stopping import StopFlag
 from xaibatch.pipeline.work import EXPLAIN, FailedCell, Progress, ShardWork, Stopwatch, pixels_for
 from xaibatch.pipeline.writing import write_explanations, write_scores
 from xaibatch.types import Shard
 
 
 def run_local(job: Job, work: Sequence[ShardWork], progress: Progress, *, device: str = "cpu") -> list[FailedCell]:
-    """Do the work in this process, one shard after another; returns the cells that failed (they raise nothing)."""
+    """Do the work in this process, one shard after another; returns the cells that failed (they raise nothing). SIGINT
+    and SIGTERM end it after the shard at hand, with StoppedError."""
     session = Session(job, device=device)
     progress.replicas(1)
     failed: list[FailedCell] = []
-    for shard_work in work:
-        failed += _run_shard(session, job, shard_work, progress)
+    with StopFlag() as stop:
+        for shard_work in work:
+            stop.check()
+            failed += _run_shard(session, job, shard_work, progress)
     for cell in failed:
         progress.failed(cell)
     return failed
