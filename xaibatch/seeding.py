@@ -1,4 +1,4 @@
-"""Keyed random numbers: a generator for (run seed, image id, purpose, repeat, ...), the same on every worker and device."""
+"""Keyed random numbers: a generator for (run seed, image id, purpose, repeat, ...), equal on every worker."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -12,7 +12,8 @@ def keyed_generator(seed: int, image_id: str, purpose: str, repeat: int = 0, *ex
     Two calls with equal arguments give identical draws in any process; a change of any argument gives an independent
     stream (SHA-256 of the length-delimited fields, of which Philox takes 128 bits).
 
-    >>> int(keyed_generator(0, "a.png", "lime").integers(1000)) == int(keyed_generator(0, "a.png", "lime").integers(1000))
+    >>> a, b = (keyed_generator(0, "a.png", "lime").random() for _ in range(2))
+    >>> a == b != keyed_generator(0, "a.png", "lime", 1).random()
     True
     """
     fields = (str(int(seed)), image_id, purpose, str(int(repeat)), *map(str, extra))

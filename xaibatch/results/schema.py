@@ -76,8 +76,14 @@ FAILURES = pa.schema(
 TABLES: Mapping[str, pa.Schema] = {"scores": SCORES, "predictions": PREDICTIONS, "maps": MAPS, "failures": FAILURES}
 
 
-def scores_table(scores: Iterable[Score], *, run: str, images: Mapping[str, Mapping[str, Any]], targets: Mapping[tuple[str, str, int], str]) -> pa.Table:
-    """Rows of `scores`. `images`: image_id -> patient, label, predicted; `targets`: (image, explainer, repeat) -> class."""
+def scores_table(
+    scores: Iterable[Score],
+    *,
+    run: str,
+    images: Mapping[str, Mapping[str, Any]],
+    targets: Mapping[tuple[str, str, int], str],
+) -> pa.Table:
+    """Rows of `scores`. `images`: id -> patient, label, predicted; `targets`: (id, explainer, repeat) -> class."""
     rows = [
         {
             "run": run,
@@ -133,7 +139,8 @@ def map_row(grid: np.ndarray) -> dict[str, Any]:
     """The `rows`, `columns`, `map` and `scale` of one token grid."""
     finite = np.abs(grid[np.isfinite(grid)])
     scale = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-    return {"rows": grid.shape[0], "columns": grid.shape[1], "map": (grid / scale).astype(np.float16).ravel(), "scale": scale}
+    values = (grid / scale).astype(np.float16).ravel()
+    return {"rows": grid.shape[0], "columns": grid.shape[1], "map": values, "scale": scale}
 
 
 def maps_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
