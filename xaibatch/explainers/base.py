@@ -32,7 +32,7 @@ class ExplainInput:
     targets_B:   explained class per image, int64.
     keys:        one per image; every random number comes from them.
     run_plans:   expands and runs perturbation plans on these images.
-    segments:    superpixels made beforehand, by segmentation name (see `Explainer.segmentation`), one int (H,W) per image.
+    segments:    superpixels made beforehand, by segmentation name (see `Explainer.segmentation`), int (H,W) per image.
     """
 
     model: nn.Module
@@ -60,8 +60,8 @@ class Explainer(ABC):
     """One explanation method with its options fixed.
 
     Class attributes are what `xaibatch list explainers` prints: `paper` cites the source; `signed` says whether a
-    negative value means evidence against the target; `granularity` is the map's native resolution; `needs` says what the
-    model must be (`vit`: a plain timm VisionTransformer; `gradients`; `any`: every timm classifier).
+    negative value means evidence against the target; `granularity` is the map's native resolution; `needs` says what
+    the model must be (`vit`: a plain timm VisionTransformer; `gradients`; `any`: every timm classifier).
     """
 
     name: ClassVar[str]
@@ -92,7 +92,7 @@ class Explainer(ABC):
 
     @property
     def segmentation(self) -> str | None:
-        """Name of the superpixels this explainer wants beforehand (computed beside the model), None if it needs none."""
+        """Name of the superpixels this explainer wants beforehand (made beside the model), None if it needs none."""
         return None
 
 

@@ -26,7 +26,7 @@ def randomised(model: ModuleT, variant: WeightsVariant) -> ModuleT:
 
     Order `top_down` resets the last `num_layers` layers, `bottom_up` the first ones, `independent` only layer number
     `num_layers` from the top (1 is the head); -1 resets all. Draws are keyed by (seed, layer name): a layer's new
-    weights do not depend on which other layers are reset. The model itself and the global random state are left as they are.
+    weights do not depend on which other layers are reset. The model itself and the global random state are left alone.
     Parameters outside such modules (class token, position embedding) stay, as in Quantus.
     """
     changed = copy.deepcopy(model)

@@ -16,7 +16,7 @@ from xaibatch.seeding import DrawKey
 
 Baseline = float | Literal["black", "white", "mean", "blur"]
 """What a removed entry becomes, in the units of the normalised image: a number, or computed from the image itself:
-`black` its minimum, `white` its maximum, `mean` its mean (all over channels and pixels, as Quantus has them), `blur` the
+`black` its minimum, `white` its maximum, `mean` its mean (over channels and pixels, as Quantus has them), `blur` the
 Gaussian-blurred image (sigma: 1/16 of the shorter side)."""
 
 Entries = Literal["pixel", "channel"]
@@ -38,7 +38,7 @@ class SubsetPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OrderPlan:
-    """Copy s has the first `counts_S[s]` entries of `order_N` replaced (`delete`), or all *other* entries (`insert`)."""
+    """Copy s has the first `counts_S[s]` entries of `order_N` replaced (`delete`), or all *others* (`insert`)."""
 
     order_N: NDArray[np.int32]
     counts_S: NDArray[np.int32]

@@ -165,7 +165,8 @@ class RunFolder:
             return self._retry(read, f"read {path!r}")
         except (pa.ArrowException, OSError) as error:
             raise RunFolderError(
-                f"{path!r} cannot be read as a part ({' '.join(str(error).split())}): remove it and run the same command again"
+                f"{path!r} cannot be read as a part ({' '.join(str(error).split())}): "
+                "remove it and run the same command again"
             ) from None
 
     def _listing(self, table: str) -> Iterator[tuple[str, str, str]]:
