@@ -295,7 +295,6 @@ def test_estimated_passes_are_those_made_at_224_pixels():
         KernelShap(num_samples=30),
         Lime(num_samples=9),
     ):
-        counted = []
         runner = PlanRunner(model=nn.Sequential(nn.AvgPool2d(112), nn.Flatten()), batch_size=99)
         inputs = ExplainInput(
             model=runner.model, images_BCHW=images, targets_B=torch.tensor([0]),

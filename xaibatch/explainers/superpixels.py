@@ -50,7 +50,8 @@ def paint(weights_M: NDArray[np.float64], segments_HW: NDArray[np.int32]) -> NDA
 
 def patch_size(model: nn.Module) -> int:
     """Side in pixels of the model's patch tokens; DEFAULT_PATCH_SIZE for a model without square patches."""
-    side: Any = getattr(getattr(model, "patch_embed", None), "patch_size", DEFAULT_PATCH_SIZE)
+    embedding = getattr(getattr(model, "backbone", model), "patch_embed", None)
+    side: Any = getattr(embedding, "patch_size", DEFAULT_PATCH_SIZE)
     if isinstance(side, tuple):
         side = side[0] if side[0] == side[1] else DEFAULT_PATCH_SIZE
     return int(side)
