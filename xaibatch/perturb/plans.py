@@ -88,8 +88,8 @@ class UniformNoisePlan:
 class SoftMaskPlan:
     """Copy s is image * m_s + baseline * (1 - m_s), m_s upsampled bilinearly from a random grid and cropped (RISE).
 
-    `grid_Sgg` holds the low-resolution masks (values 0..1), each upsampled with half-pixel centres to (g + 1) * ceil(H / g)
-    by (g + 1) * ceil(W / g) pixels; `shift_S2` is the offset (rows, columns) in pixels of the image's window into that.
+    `grid_Sgg` holds the low-resolution masks (values 0..1), each upsampled with half-pixel centres to
+    (g + 1) * ceil(H / g) by (g + 1) * ceil(W / g) pixels; `shift_S2` is the offset (rows, columns) in pixels of the image's window into that.
     """
 
     grid_Sgg: NDArray[np.float32]
@@ -155,7 +155,7 @@ class ImputationPlan:
     """Copy s has the first `counts_S[s]` pixels of `order_N` imputed from their neighbours (ROAD, Rong et al. 2022).
 
     Each removed pixel becomes the weighted mean of its eight neighbours (1/6 the four nearest, 1/12 the diagonal ones,
-    scaled up at the border), solved for all removed pixels together per channel, plus normal noise of standard deviation
+    scaled up at the border), solved for all removed pixels together per channel, plus normal noise of deviation
     `noise_std` drawn as (channels, count) from `key.generator(f"imputation:{s}")`.
     """
 
