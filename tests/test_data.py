@@ -641,7 +641,7 @@ def test_a_slow_rewrite_of_resize_and_crop_agrees() -> None:
     preprocessing = Preprocessing(image_size=(20, 20), resize_short=30, mean=(0.4,), std=(0.3,), channels=1)
     expected = weights(60, 30) @ values.astype(np.float64) @ weights(90, 45).T
     expected = (expected[5:25, 12:32] / 65535 - 0.4) / 0.3
-    ours = preprocessing.apply(DecodedImage(values=values, full_range=65535.0, form="I;16"), np.float64)
+    ours = preprocessing.apply(DecodedImage(values=values, full_range=65535.0), np.float64)
     np.testing.assert_allclose(ours[0], expected, atol=2e-6)
 
 
@@ -655,7 +655,7 @@ def test_eight_and_sixteen_bits_of_the_same_picture_agree() -> None:
 
 def test_grey_and_colour_channels() -> None:
     rgb = np.random.default_rng(2).integers(0, 256, (16, 16, 3), np.uint8)
-    decoded = DecodedImage(values=rgb, full_range=255.0, form="RGB")
+    decoded = DecodedImage(values=rgb, full_range=255.0)
     kept = SMALL.apply(decoded)
     np.testing.assert_allclose(kept, (rgb.transpose(2, 0, 1) / 255 - 0.5) / 0.25, atol=1e-6)
     grey = SMALL.model_copy(update={"grey": True}).apply(decoded)
@@ -674,14 +674,14 @@ def test_min_max_range_and_floating_point_files() -> None:
         SMALL.apply(decoded)
     scaled = SMALL.model_copy(update={"value_range": "min_max"}).apply(decoded)[0] * 0.25 + 0.5
     np.testing.assert_allclose(scaled, (values - values.min()) / (values.max() - values.min()), atol=1e-6)
-    flat = DecodedImage(values=np.full((16, 16), 9, np.uint8), full_range=255.0, form="L")
+    flat = DecodedImage(values=np.full((16, 16), 9, np.uint8), full_range=255.0)
     assert (SMALL.model_copy(update={"value_range": "min_max"}).apply(flat) == -2).all()
 
 
 def test_an_image_smaller_than_the_crop_is_refused_without_resize() -> None:
     preprocessing = Preprocessing(image_size=(16, 16), resize_short=None)
     with pytest.raises(ImageError, match="10x20 pixels is smaller than the crop of 16x16"):
-        preprocessing.apply(DecodedImage(values=np.zeros((10, 20), np.uint8), full_range=255.0, form="L"))
+        preprocessing.apply(DecodedImage(values=np.zeros((10, 20), np.uint8), full_range=255.0))
 
 
 @settings(max_examples=40, deadline=None)
@@ -693,7 +693,7 @@ def test_a_mask_follows_its_image(height: int, width: int, short: int) -> None:
     preprocessing = Preprocessing(
         image_size=(16, 16), resize_short=short, interpolation="nearest", mean=(0.0,), std=(1.0,)
     )
-    image = DecodedImage(values=inside.astype(np.uint8) * 255, full_range=255.0, form="L")
+    image = DecodedImage(values=inside.astype(np.uint8) * 255, full_range=255.0)
     np.testing.assert_array_equal(preprocessing.apply(image)[0] > 0.5, preprocessing.apply_mask(inside))
 
 

@@ -315,6 +315,6 @@ def test_a_classifier_is_pickled_with_everything_it_knows() -> None:
     model = load_model(NAME, class_names=("a", "b"))
     copy = pickle.loads(pickle.dumps(model))
     assert (copy.class_names, copy.preprocessing, copy.source) == (model.class_names, model.preprocessing, model.source)
-    image = DecodedImage(values=np.full((200, 220), 7, np.uint8), full_range=255.0, form="L")
+    image = DecodedImage(values=np.full((200, 220), 7, np.uint8), full_range=255.0)
     batch = torch.from_numpy(copy.preprocessing.apply(image))[None]
     assert torch.equal(copy(batch), model(batch))

@@ -45,12 +45,10 @@ class DecodedImage:
 
     values:     uint8 (8-bit files) or float32 (16-bit and DICOM), (H,W) grey or (H,W,3) RGB; 0 is black.
     full_range: the value that stands for white: 255, 65535, 1 (DICOM, already scaled); None for floating-point files.
-    form:       what the file was, for the record: `L`, `I;16`, `DICOM MONOCHROME1 12 bits`.
     """
 
     values: NDArray[np.uint8] | NDArray[np.float32]
     full_range: float | None
-    form: str
 
 
 def decode_image(content: bytes, limits: ImageLimits | None = None, dicom_range: str = "window") -> DecodedImage:
@@ -136,22 +134,22 @@ def _opened(content: bytes, limits: ImageLimits) -> Image.Image:
 def _pixels(image: Image.Image) -> DecodedImage:
     mode = image.mode
     if mode.startswith("I;16"):
-        return DecodedImage(values=np.asarray(image).astype(np.float32), full_range=65535.0, form=mode)
+        return DecodedImage(values=np.asarray(image).astype(np.float32), full_range=65535.0)
     if mode == "I":
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError("the image has 32-bit values: store it with 8 or 16 bits")
-        return DecodedImage(values=values.astype(np.float32), full_range=65535.0, form=mode)
+        return DecodedImage(values=values.astype(np.float32), full_range=65535.0)
     if mode == "F":
         values = np.asarray(image, np.float32)
         if not np.isfinite(values).all():
             raise ImageError("the floating-point image has values that are not finite")
-        return DecodedImage(values=values, full_range=None, form=mode)
+        return DecodedImage(values=values, full_range=None)
     if mode == "P":
         # A palette may hold nothing but greys; either way its colours decide.
         rgb = np.asarray(image.convert("RGBA").convert("RGB"))
         grey = (rgb[..., 0] == rgb[..., 1]).all() and (rgb[..., 0] == rgb[..., 2]).all()
-        return DecodedImage(values=rgb[..., 0].copy() if grey else rgb, full_range=255.0, form=mode)
+        return DecodedImage(values=rgb[..., 0].copy() if grey else rgb, full_range=255.0)
     grey = mode in ("L", "LA", "La", "1")
     if mode == "LA":
         values = np.asarray(image)[..., 0]
@@ -159,4 +157,4 @@ def _pixels(image: Image.Image) -> DecodedImage:
         values = np.asarray(image)[..., :3]
     else:
         values = np.asarray(image.convert("L" if grey else "RGB"))
-    return DecodedImage(values=np.ascontiguousarray(values), full_range=255.0, form=mode)
+    return DecodedImage(values=np.ascontiguousarray(values), full_range=255.0)

@@ -138,22 +138,13 @@ def _stored(dataset: "Dataset") -> NDArray:
 
 def _grey(dataset: "Dataset", stored: NDArray, dicom_range: str) -> DecodedImage:
     values, low, high = _modality(dataset, stored)
-    scaled, how = None, "full"
-    if dicom_range == "window":
-        tables = dataset.get("VOILUTSequence")
-        if tables:
-            entries, highest = _looked_up(dataset, tables[0], values)
-            scaled, how = (entries / highest).clip(0, 1), "lookup table"
-        else:
-            scaled, how = _windowed(dataset, values), "window"
+    scaled = _displayed(dataset, values) if dicom_range == "window" else None
     if scaled is None:
-        scaled, how = (values - low) / (high - low), "full"
-    form = _form(dataset)
-    if form == "MONOCHROME1":
+        scaled = (values - low) / (high - low)
+    if _form(dataset) == "MONOCHROME1":
         scaled = 1.0 - scaled
     scaled = np.where(_padding(dataset, stored), 0.0, scaled)
-    text = f"DICOM {form} {dataset.BitsStored} bits {how}"
-    return DecodedImage(values=scaled.astype(np.float32), full_range=1.0, form=text)
+    return DecodedImage(values=scaled.astype(np.float32), full_range=1.0)
 
 
 def _modality(dataset: "Dataset", stored: NDArray) -> tuple[NDArray[np.float64], float, float]:
@@ -187,8 +178,15 @@ def _looked_up(dataset: "Dataset", table: "Dataset", values: NDArray) -> tuple[N
     return np.asarray(entries, np.float64)[index.clip(0, count - 1)], float(2**bits - 1)
 
 
-def _windowed(dataset: "Dataset", values: NDArray) -> NDArray[np.float64] | None:
-    """Values after the file's first window, in [0, 1]; None where it has none or its width makes no sense."""
+def _displayed(dataset: "Dataset", values: NDArray) -> NDArray[np.float64] | None:
+    """Values after the file's first lookup table or else its first window, in [0, 1].
+
+    None where it has neither, or a window whose width makes no sense.
+    """
+    tables = dataset.get("VOILUTSequence")
+    if tables:
+        entries, highest = _looked_up(dataset, tables[0], values)
+        return (entries / highest).clip(0, 1)
     centres, widths = dataset.get("WindowCenter"), dataset.get("WindowWidth")
     if centres is None or widths is None:
         return None
@@ -222,9 +220,9 @@ def _colour(dataset: "Dataset", stored: NDArray) -> DecodedImage:
         stored = apply_color_lut(stored, dataset)
         bits = stored.dtype.itemsize * 8
     if bits == 8 and stored.dtype == np.uint8:
-        return DecodedImage(values=np.ascontiguousarray(stored), full_range=255.0, form=f"DICOM {form} 8 bits")
+        return DecodedImage(values=np.ascontiguousarray(stored), full_range=255.0)
     scaled = (stored / (2**bits - 1)).clip(0, 1).astype(np.float32)
-    return DecodedImage(values=scaled, full_range=1.0, form=f"DICOM {form} {bits} bits")
+    return DecodedImage(values=scaled, full_range=1.0)
 
 
 @contextmanager

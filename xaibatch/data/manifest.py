@@ -78,7 +78,7 @@ class Root:
 
     def _folder(self, written: str, is_absolute: bool) -> tuple[str, bool]:
         """A folder as the table writes it: its full path or URL, and whether it is the root or lies in it."""
-        full = absolute(written or "/") if is_absolute or "://" in written else join(self.folder, written or ".")
+        full = absolute(f"{written}/") if is_absolute or "://" in written else join(self.folder, written or ".")
         if is_remote(full) or is_remote(self.folder):
             # `..` is resolved in relative paths only; written out behind a protocol it is refused.
             return full, self._holds(full) and ".." not in full.split("/")
