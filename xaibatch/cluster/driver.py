@@ -21,6 +21,7 @@ from ray.exceptions import RayError, RayTaskError
 from xaibatch.cluster import cells
 from xaibatch.cluster.connect import connected
 from xaibatch.cluster.pool import ReplicaPool, Slot
+from xaibatch.cluster.replica import Replica
 from xaibatch.cluster.telemetry import DriverMeter
 from xaibatch.errors import EngineError, RunFolderError
 from xaibatch.pipeline.cells import MetricGroup
@@ -35,15 +36,18 @@ FIRST_PAUSE_S: Final = 0.5
 """Pause before a failed shard's second attempt; doubles with every further one."""
 
 
-def run_on_ray(job: Job, work: Sequence[ShardWork], progress: Progress) -> list[FailedCell]:
-    """Do the work on the cluster that `job.config.engine` names; returns the cells that were given up.
+def run_on_ray(
+    job: Job, work: Sequence[ShardWork], progress: Progress, *, actor: type[Replica] = Replica
+) -> list[FailedCell]:
+    """Do the work on the cluster that `job.config.engine` names; returns the cells that were given up. `actor` is what
+    answers for the model.
 
     Raises EngineError if the cluster cannot be joined, no replica starts, a node does not see the run's files or parts
     cannot be written; StoppedError after SIGINT or SIGTERM. What
     is finished stays; the same call on what is still pending goes on.
     """
     with connected(job.config.engine), StopFlag() as stop:
-        driver = _Driver(job, work, progress, stop)
+        driver = _Driver(job, work, progress, stop, ReplicaPool(job=job, actor=actor))
         try:
             return driver.run()
         finally:
@@ -69,11 +73,12 @@ class _Open:
 class _Driver:
     """The loop. Cells are known by the reference to their report."""
 
-    def __init__(self, job: Job, work: Sequence[ShardWork], progress: Progress, stop: StopFlag) -> None:
-        self._job, self._progress, self._stop = job, progress, stop
+    def __init__(
+        self, job: Job, work: Sequence[ShardWork], progress: Progress, stop: StopFlag, pool: ReplicaPool
+    ) -> None:
+        self._progress, self._stop, self._pool = progress, stop, pool
         self._engine = job.config.engine
         self._job_ref = ray.put(job)
-        self._pool = ReplicaPool(job=job)
         self._fresh = iter(work)
         self._next: _Open | None = None
         self._again: deque[_Open] = deque()

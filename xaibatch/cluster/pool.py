@@ -57,10 +57,11 @@ class Slot:
 
 @dataclass(kw_only=True)
 class ReplicaPool:
-    """Keeps one replica in every place. `refresh` is cheap to call often; it looks at the nodes every LOOK_S
-    seconds."""
+    """Keeps one replica (an `actor`) in every place. `refresh` is cheap to call often; it looks at the nodes every
+    LOOK_S seconds."""
 
     job: Job
+    actor: type[Replica] = Replica
     slots: list[Slot] = field(default_factory=list)
     _failures: dict[Place, int] = field(default_factory=dict)
     _looked: float = float("-inf")
@@ -115,7 +116,7 @@ class ReplicaPool:
     def _start(self, place: Place) -> Slot:
         engine = self.job.config.engine
         threads = {name: str(place.threads) for name in ONE_THREAD}
-        actor: Any = ray.remote(Replica)
+        actor: Any = ray.remote(self.actor)
         handle = actor.options(
             num_cpus=0,
             num_gpus=place.num_gpus,
@@ -166,7 +167,7 @@ def places(nodes: Sequence[Node], engine: EngineConfig) -> tuple[Place, ...]:
     most_cpus = max(cpus.values(), default=1)
     if engine.replicas:
         busiest = -(-engine.replicas // max(1, sum(map(bool, cpus.values()))))
-        threads = engine.threads or max(1, most_cpus // busiest)
+        threads = engine.threads or (1 if on_gpu else max(1, most_cpus // busiest))
         return tuple(Place(node_id="", index=i, num_gpus=num_gpus, threads=threads) for i in range(engine.replicas))
     if on_gpu:
         threads = engine.threads or 1

@@ -78,16 +78,20 @@ class Replica:
 
     def facts(self) -> ReplicaFacts:
         """Load the model and say where it is."""
-        session = self.session
-        specs = {explainer.segmentation for explainer in session.explainers.values()}
+        device, segmentations = self.load()
         return ReplicaFacts(
             node_id=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
-            device=str(session.device),
+            device=device,
             gpu_ids=tuple(map(str, ray.get_gpu_ids())),
             visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
-            segmentations=tuple(sorted(spec for spec in specs if spec is not None)),
+            segmentations=segmentations,
         )
+
+    def load(self) -> tuple[str, tuple[str, ...]]:
+        """The device, and the superpixels that the explainers want."""
+        specs = {explainer.segmentation for explainer in self.session.explainers.values()}
+        return str(self.session.device), tuple(sorted(spec for spec in specs if spec is not None))
 
     def explain(self, shard: Shard, *segments: Segments) -> tuple[ShardExplanations, Spent]:
         """Predict and explain a shard; `segments` in consecutive pieces of the shard's readable images."""

@@ -1,0 +1,153 @@
+"""Replicas on (pretended) GPUs: one a GPU, shares of one, nodes that join and leave, and CPU tasks that never
+starve."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from tests.engine_cluster import assert_same_rows
+from tests.toy import Watch, toy_config
+from xaibatch.cluster.driver import run_on_ray
+from xaibatch.cluster.pool import Place, ReplicaPool, places
+from xaibatch.cluster.replica import Replica
+from xaibatch.config import EngineConfig
+from xaibatch.pipeline.job import Job
+from xaibatch.pipeline.local import run_local
+from xaibatch.pipeline.record import job_of
+from xaibatch.pipeline.run import evaluate
+from xaibatch.results.parts import RunFolder
+
+SETTINGS: dict[str, Any] = {
+    "explainers": {"tests.engine_faults:brightness": {}},
+    "metrics": {"tests.engine_faults:Peak": {}, "effective_complexity": {}},
+    "engine__shard_size": 1,
+    "engine__threads": 1,
+}
+
+
+def node(name: str, cpus: float, gpus: float = 0) -> dict[str, Any]:
+    return {"NodeID": name, "Resources": {"CPU": cpus, **({"GPU": gpus} if gpus else {})}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "engine", "expected"),
+    [
+        ([node("a", 8)], {}, [("a", 0.0, 8)]),
+        ([node("a", 8), node("b", 4)], {}, [("a", 0.0, 8), ("b", 0.0, 4)]),
+        ([node("a", 0), node("b", 4)], {"threads": 2}, [("b", 0.0, 2)]),
+        ([node("a", 8)], {"replicas": 2}, [("", 0.0, 4), ("", 0.0, 4)]),
+        ([node("a", 8, 2), node("b", 8)], {}, [("a", 1.0, 1), ("a", 1.0, 1)]),
+        ([node("a", 8, 2)], {"device": "cpu"}, [("a", 0.0, 8)]),
+        ([node("a", 8, 1)], {"gpus_per_replica": 0.5}, [("a", 0.5, 1), ("a", 0.5, 1)]),
+        ([node("a", 8, 3)], {"gpus_per_replica": 2}, [("a", 2.0, 1)]),
+        ([node("a", 8)], {"device": "cuda"}, [("", 1.0, 1)]),
+        ([node("a", 8)], {"device": "cuda", "replicas": 2}, [("", 1.0, 1), ("", 1.0, 1)]),
+    ],
+)
+def test_places(nodes: list[Any], engine: dict[str, Any], expected: list[Any]) -> None:
+    """(node, GPUs, CPU threads) of every replica; without a node, Ray (or an autoscaler) finds one."""
+    found = places(nodes, EngineConfig(**engine))
+    assert [(place.node_id, place.num_gpus, place.threads) for place in found] == expected
+    assert len(set(found)) == len(found)
+
+
+@pytest.fixture(scope="module")
+def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    config = toy_config(images, tmp_path_factory.mktemp("plain") / "run", **SETTINGS)
+    return evaluate(config, run_local, Watch()).folder
+
+
+@pytest.fixture(scope="module")
+def job(plain: RunFolder, images: Path) -> Job:
+    return job_of(plain.read_json("run.json"), toy_config(images, Path(plain.url), **SETTINGS), plain)
+
+
+class Bare(Replica):
+    """A replica without a model: only its place matters."""
+
+    def load(self) -> tuple[str, tuple[str, ...]]:
+        return "none", ()
+
+
+def wait_for(pool: ReplicaPool, num: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(pool.ready) != num or len(pool.slots) != num:
+        assert time.monotonic() < deadline, pool.slots
+        pool.refresh()
+        time.sleep(0.1)
+
+
+def test_replicas_follow_gpus(cluster: Cluster, job: Job) -> None:
+    """A node with two GPUs gets two replicas, each sees its own GPU only; a second node with one GPU joins and gets
+    one; the first vanishes and takes its two with it; the head has no GPU and no replica."""
+    first = cluster.add_node(num_cpus=0, num_gpus=2)
+    pool = ReplicaPool(job=job, actor=Bare)
+    second = None
+    try:
+        wait_for(pool, 2)
+        assert sorted(slot.facts.visible for slot in pool.ready if slot.facts) == ["0", "1"]
+        assert sorted(slot.facts.gpu_ids for slot in pool.ready if slot.facts) == [("0",), ("1",)]
+        assert {slot.facts.node_id for slot in pool.ready if slot.facts} == {first.node_id}
+        assert ray.available_resources().get("GPU", 0) == 0 and ray.available_resources()["CPU"] == 2
+        second = cluster.add_node(num_cpus=0, num_gpus=1)
+        wait_for(pool, 3)
+        cluster.remove_node(first, allow_graceful=False)
+        wait_for(pool, 1)
+        assert {slot.facts.node_id for slot in pool.ready if slot.facts} == {second.node_id}
+    finally:
+        pool.close()
+        if second is not None:
+            cluster.remove_node(second)
+
+
+def test_two_replicas_share_a_gpu(cluster: Cluster, job: Job) -> None:
+    """With half a GPU each, both see the same one; a third of one is three; what does not fit is not asked for."""
+    shared = cluster.add_node(num_cpus=0, num_gpus=1)
+    halves = job.config.engine.model_copy(update={"gpus_per_replica": 0.5})
+    config = job.config.model_copy(update={"engine": halves})
+    pool = ReplicaPool(job=replace(job, config=config), actor=Bare)
+    try:
+        wait_for(pool, 2)
+        assert [slot.facts.visible for slot in pool.ready if slot.facts] == ["0", "0"]
+        assert {slot.place for slot in pool.ready} == {
+            Place(node_id=shared.node_id, index=i, num_gpus=0.5, threads=1) for i in (0, 1)
+        }
+    finally:
+        pool.close()
+        cluster.remove_node(shared)
+
+
+def test_nodes_come_and_go_during_a_run(
+    cluster: Cluster, faults: Path, images: Path, tmp_path: Path, plain: RunFolder
+) -> None:
+    """A run starts on one GPU node; another joins and gets shards; the first is lost in the middle of its work. The
+    run ends without a failed cell, with the rows of an undisturbed one. Meanwhile the head's two CPUs are all the
+    score tasks have: they are never held up by replicas, which take none."""
+    (faults / "markers").touch()
+    first = cluster.add_node(num_cpus=0, num_gpus=1)
+    added: list[Any] = []
+
+    class Disturbing(Watch):
+        def done(self, report: Any) -> None:
+            super().done(report)
+            if len(self.reports) == 3:
+                added.append(cluster.add_node(num_cpus=0, num_gpus=1))
+
+        def replicas(self, num_ready: int) -> None:
+            super().replicas(num_ready)
+            if num_ready == 2:
+                cluster.remove_node(first, allow_graceful=False)
+
+    watch = Disturbing()
+    try:
+        outcome = evaluate(toy_config(images, tmp_path / "run", **SETTINGS), run_on_ray, watch)
+    finally:
+        for one in added:
+            cluster.remove_node(one)
+    assert outcome.ok and not watch.failures
+    assert_same_rows(outcome.folder, plain)
