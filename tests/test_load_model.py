@@ -294,6 +294,12 @@ def test_a_checkpoint_can_record_its_whole_preprocessing(tmp_path: Path, state: 
     whole = Preprocessing(image_size=(160, 160), resize_short=200, mean=(0.4,), std=(0.3,), value_range="min_max")
     path = saved(tmp_path / "m.safetensors", state, {"preprocessing": whole.model_dump_json()})
     assert load_model(NAME, checkpoint=path).preprocessing == whole
+    with pytest.raises(
+        ModelError, match=r"images of 3 channels and \(96, 96\) pixels, the model takes 3 .*\(224, 224\)"
+    ):
+        load_model("vit_tiny_patch16_224", preprocessing={"image_size": (96, 96)})
+    with pytest.raises(ModelError, match="images of 1 channels"):
+        load_model(NAME, preprocessing={"channels": 1, "mean": [0.5], "std": [0.5]})
     path = saved(tmp_path / "m.safetensors", state, {"mean": "0.1", "std": "0"})
     with pytest.raises(ModelError, match=r"preprocessing cannot be used: .*std must be positive"):
         load_model(NAME, checkpoint=path)

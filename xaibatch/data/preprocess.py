@@ -5,7 +5,7 @@ it), then `(value / full_range - mean) / std` in the requested precision.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -216,10 +216,10 @@ def from_timm(config: Mapping[str, Any], image_size: tuple[int, int], channels: 
     )
 
 
-def _checked(build: Any) -> Preprocessing:
+def _checked(build: Callable[[], Preprocessing]) -> Preprocessing:
     try:
         return build()
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         reasons = "; ".join(str(item["msg"]) for item in error.errors()) if hasattr(error, "errors") else str(error)
         raise ModelError(f"the checkpoint's preprocessing cannot be used: {reasons}") from None
 

@@ -62,14 +62,9 @@ def load_model(
     options = dict(model_options or {})
     loaded = None if checkpoint is None else read_checkpoint(checkpoint)
     if loaded is None:
-        count = (
-            {}
-            if class_names is None and data_class_names is None
-            else {"num_classes": len(class_names or data_class_names or ())}
-        )
-        backbone = _created(
-            name, {**({} if pretrained and class_names is None else count), **options}, pretrained, seed
-        )
+        known = class_names if pretrained else class_names or data_class_names
+        count = {"num_classes": len(known)} if known else {}
+        backbone = _created(name, {**count, **options}, pretrained, seed)
     else:
         backbone = _fitted(name, loaded, options, seed)
     names, classes_from = _class_names(backbone, loaded, class_names, data_class_names)
@@ -215,7 +210,8 @@ def _preprocessing(
 ) -> Preprocessing:
     config: dict[str, Any] = resolve_model_data_config(backbone)  # type: ignore[no-untyped-call]
     channels, *size = config["input_size"]
-    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None) or size
+    embed = getattr(backbone, "patch_embed", None)
+    size = getattr(embed, "img_size", None) or size
     first_conv = getattr(backbone, "pretrained_cfg", {}).get("first_conv")
     if first_conv:
         channels = backbone.get_parameter(f"{first_conv}.weight").shape[1]
@@ -224,13 +220,15 @@ def _preprocessing(
     found = from_metadata(metadata, image_size, channels, "checkpoint metadata")
     if found is None:
         found = from_timm({**config, **(metadata.get("pretrained_cfg") or {})}, image_size, channels)
-    if not overrides:
-        return found
-    return validated(
-        Preprocessing,
-        {**found.model_dump(), **overrides, "source": f"{found.source}, changed by the caller"},
-        "preprocessing",
-    )
+    if overrides:
+        changed = {**found.model_dump(), **overrides, "source": f"{found.source}, changed by the caller"}
+        found = validated(Preprocessing, changed, "preprocessing")
+    if found.channels != channels or (getattr(embed, "strict_img_size", False) and found.image_size != image_size):
+        raise ModelError(
+            f"the preprocessing makes images of {found.channels} channels and {found.image_size} pixels, "
+            f"the model takes {channels} channels and {image_size} pixels"
+        )
+    return found
 
 
 def _some(names: Sequence[str]) -> str:
