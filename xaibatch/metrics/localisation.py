@@ -43,8 +43,7 @@ class LocalisationMetric(MapMetric):
 
 class PointingGameOptions(MaskedMap):
     weighted: bool = False
-    """A hit counts 1 - (the mask's share of the image) instead of 1. Quantus stores that in a truth value, so it counts
-    1 there all the same."""
+    """A hit counts 1 - (the mask's share of the image) instead of 1. Quantus 0.6 raises an error there."""
 
 
 @METRICS.register("pointing_game")

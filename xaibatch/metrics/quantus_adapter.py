@@ -77,7 +77,8 @@ class QuantusMetric(Metric):
         try:
             return kind(**{**quiet, **arguments})
         except (TypeError, ValueError, AssertionError) as error:
-            raise ConfigError(f"{self.name}: {error}") from None
+            given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+            raise ConfigError(f"{self.name} refuses {given}: {type(error).__name__} {error}") from None
 
     def cost(self, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16) -> str:
         return "as Quantus calls the model, per explainer"

@@ -65,7 +65,7 @@ _ALL: Final = (
     *_plain("FaithfulnessCorrelation FaithfulnessEstimate IROF", "faithfulness", True),
     *_plain("Monotonicity MonotonicityCorrelation", "faithfulness", True),
     *_plain("PixelFlipping RegionPerturbation Selectivity ROAD Infidelity", "faithfulness", False),
-    *_plain("SensitivityN Sufficiency BatchSufficiency", "faithfulness", True, across_images=True),
+    *_plain("SensitivityN Sufficiency", "faithfulness", True, across_images=True),
     *_plain("Completeness", "faithfulness", True),
     *_plain("NonSensitivity", "faithfulness", False),
     *_plain("InputInvariance", "robustness", True, needs_explanations=True, needs_model=True, changes_weights=True),
@@ -94,6 +94,13 @@ _ALL: Final = (
         needs_model=True,
         changes_weights=True,
         smooths=True,
+    ),
+    QuantusFacts(
+        name="BatchSufficiency",
+        family="faithfulness",
+        higher_is_better=True,
+        across_images=True,
+        refused="Quantus 0.6 reshapes its batch to a single image and fails; Sufficiency computes the same",
     ),
     QuantusFacts(
         name="Focus",

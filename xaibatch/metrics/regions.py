@@ -129,7 +129,7 @@ class Selectivity(PlanMetric):
 class IrofOptions(MapReading, OutputReading):
     output: Output = "probability"
     num_segments: int = Field(100, ge=2)
-    """Superpixels asked of SLIC (scikit-image's default, as Quantus); there may be fewer."""
+    """Superpixels asked of SLIC (scikit-image's default, as Quantus); there may be a few more or fewer."""
     baseline: Baseline = "mean"
     """What a removed superpixel becomes. Quantus takes `mean` over all images and channels of the batch, as changed so
     far; here it is the mean of the unchanged image."""

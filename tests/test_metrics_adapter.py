@@ -1,0 +1,310 @@
+"""Stock Quantus through the adapter: the same numbers, one outcome per image, nothing left changed behind."""
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.metrics_oracle import Bench, gradient_map, key_of, some_masks
+from tests.test_metrics_faithfulness import near
+from xaibatch.errors import ConfigError, UsageError
+from xaibatch.metrics import resolve_metric
+from xaibatch.metrics.quantus_adapter import QuantusMetric, quantus_metric, reduced, score_with_quantus
+from xaibatch.metrics.quantus_facts import QUANTUS_METRICS, QuantusFacts
+from xaibatch.metrics.quantus_gradients import gradients_allowed
+from xaibatch.types import ALL_ZERO_MAP, CHANGED_PREDICTION, ERROR, MISSING_MASK, NAN_MAP, OK, ZERO_DENOMINATOR
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import quantus
+
+SMALL: dict[str, dict[str, Any]] = {
+    "FaithfulnessCorrelation": {"nr_runs": 8, "subset_size": 40},
+    "FaithfulnessEstimate": {"features_in_step": 128},
+    "Monotonicity": {"features_in_step": 128},
+    "MonotonicityCorrelation": {"features_in_step": 128, "nr_samples": 2},
+    "PixelFlipping": {"features_in_step": 128},
+    "RegionPerturbation": {"regions_evaluation": 5},
+    "SensitivityN": {"features_in_step": 128},
+    "ROAD": {"percentages": [10, 50]},
+    "Infidelity": {"perturb_patch_sizes": [8], "n_perturb_samples": 1},
+    "AvgSensitivity": {"nr_samples": 2},
+    "MaxSensitivity": {"nr_samples": 2},
+    "LocalLipschitzEstimate": {"nr_samples": 2},
+    "RelativeInputStability": {"nr_samples": 2, "return_nan_when_prediction_changes": False},
+    "RelativeOutputStability": {"nr_samples": 2, "return_nan_when_prediction_changes": False},
+    "RelativeRepresentationStability": {"nr_samples": 2, "return_nan_when_prediction_changes": False},
+    "Continuity": {"nr_steps": 4},
+    "TopKIntersection": {"k": 50},
+    "SmoothMPRT": {"nr_samples": 2},
+}
+"""Arguments that make a metric cheap."""
+
+
+def outcomes_of(metric: QuantusMetric, bench: Bench, **changes: Any) -> list[Any]:
+    arguments: dict[str, Any] = {
+        "x_BCHW": bench.x, "y_B": bench.y, "maps_BHW": bench.maps, "keys": [key_of(row) for row in range(len(bench.x))],
+        "predict": bench.forward,
+        "explain": lambda x, y, keys, model: gradient_map(model or bench.model, x, y),
+        "load_model": lambda: copy.deepcopy(bench.model),
+        "masks": {"lesion": bench.masks} if bench.masks is not None else None,
+        "num_classes": 3,
+    }  # fmt: skip
+    return score_with_quantus(metric, **{**arguments, **changes})
+
+
+NAMES = sorted(name for name, facts in QUANTUS_METRICS.items() if not facts.refused and name != "InputInvariance")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_quantus_metric_scores_every_image(name: str) -> None:
+    """One channel, because ROAD and IROF of Quantus 0.6 fail on three."""
+    bench = Bench(num=3, channels=1, masks=some_masks(3)).explained()
+    metric = resolve_metric(f"quantus:{name}")(**SMALL.get(name, {}))
+    assert isinstance(metric, QuantusMetric)
+    done = outcomes_of(metric, bench)
+    assert [outcome.status for outcome in done] == [OK] * 3, done
+    assert all(np.isfinite(outcome.value) for outcome in done)
+    assert done == outcomes_of(metric, bench)
+    if not metric.facts.across_images:  # alone as among others: seeds hang on the image, not on its place
+        backwards = Bench(num=3, channels=1)
+        backwards.x, backwards.y, backwards.maps = bench.x[::-1], bench.y[::-1], bench.maps[::-1]
+        backwards.masks, backwards.model = some_masks(3)[::-1], bench.model
+        again = outcomes_of(metric, backwards, keys=[key_of(row) for row in (2, 1, 0)])[::-1]
+        near([a.value for a in again], [b.value for b in done], 1e-6)
+
+
+def test_input_invariance_shifts_the_bias_of_a_first_convolution() -> None:
+    """It makes float32 inputs and looks for a convolution as the model's first layer; a ViT has none there."""
+    bench = Bench(num=2)
+    bench.model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.GELU(), nn.Flatten(), nn.Linear(256, 3)).eval()  # type: ignore
+
+    def explain(x: Any, y: Any, keys: Any, model: Any) -> np.ndarray:
+        features = (model or bench.model)[0](torch.as_tensor(x, dtype=torch.float32)).detach().numpy()
+        maps = np.kron(features.sum(1), np.ones((4, 4)))
+        maps[:, :4, :4] = 0  # Quantus shifts every entry but the first, so the first patch is not invariant
+        return maps
+
+    bench.maps = explain(bench.x, bench.y, None, None)
+    metric = resolve_metric("quantus:InputInvariance")()
+    done = outcomes_of(metric, bench, explain=explain)
+    assert [(outcome.value, outcome.status) for outcome in done] == [(1.0, OK)] * 2
+    wrong = outcomes_of(metric, bench, explain=lambda x, y, keys, model: np.abs(x).sum(1))
+    assert [outcome.value for outcome in wrong] == [0.0, 0.0]
+
+
+def test_the_list_of_names_is_the_list_of_quantus() -> None:
+    base = quantus.metrics.base.Metric
+    installed = {
+        name
+        for name, kind in vars(quantus).items()
+        if isinstance(kind, type) and issubclass(kind, base) and kind is not base
+    }
+    assert installed - {"ModelParameterRandomisation"} == set(QUANTUS_METRICS)
+    for name, facts in QUANTUS_METRICS.items():
+        kind = getattr(quantus, name)
+        assert facts.higher_is_better == (kind.score_direction.value == "higher"), name
+        found = QuantusFacts.of(kind)
+        assert (found.name, found.higher_is_better) == (name, facts.higher_is_better)
+        if kind.evaluation_category.value != "Axiomatic":
+            assert found.family == facts.family, name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "call"),
+    [
+        ("Sparseness", {}, {}),
+        ("FaithfulnessEstimate", {"features_in_step": 128}, {}),
+        (
+            "FaithfulnessEstimate",
+            {"features_in_step": 128, "similarity_func": "correlation_spearman"},
+            {"softmax": True},
+        ),
+        ("Infidelity", {"perturb_patch_sizes": [8], "n_perturb_samples": 1}, {}),
+        ("RelevanceRankAccuracy", {"abs": True}, {}),
+    ],
+)
+def test_outcomes_are_what_quantus_returns_for_the_image(
+    name: str, options: dict[str, Any], call: dict[str, Any]
+) -> None:
+    bench = Bench(num=2, masks=some_masks(2))
+    ours = outcomes_of(resolve_metric(f"quantus:{name}")(**options, **call), bench)
+    theirs_options = dict(options)
+    if "similarity_func" in options:
+        theirs_options["similarity_func"] = quantus.similarity_func.correlation_spearman
+    for row in range(2):
+        near(ours[row].value, bench.quantus(name, [row], call, **theirs_options)[0], 1e-6)
+
+
+def test_curves_are_reduced_to_their_mean_height() -> None:
+    bench = Bench(num=2)
+    ours = outcomes_of(resolve_metric("quantus:PixelFlipping")(features_in_step=128), bench)
+    for row in range(2):
+        (curve,) = bench.quantus("PixelFlipping", [row], features_in_step=128)
+        near(ours[row].value, np.trapezoid(curve) / (len(curve) - 1), 1e-6)
+    whole = outcomes_of(
+        resolve_metric("quantus:PixelFlipping")(features_in_step=128, return_auc_per_sample=True), bench
+    )
+    near([o.value for o in whole], [o.value * 23 for o in ours], 1e-6)
+
+
+def test_reductions_by_hand() -> None:
+    assert reduced([True, False], 2) == [1.0, 0.0]
+    assert reduced([[1.0, 0.0, 1.0], [2.0, 2.0, 2.0]], 2) == [0.5, 2.0]
+    assert reduced({"original": [1.0, 1.0], "a": [0.5, 0.1], "b": [0.1, 0.3]}, 2) == pytest.approx([0.3, 0.2])
+    assert reduced({10: 0.5, 20: 1.0}, 1) == [0.75]
+    assert reduced(np.array([1.0, 2.0, 3.0]), 2) == [2.0, 2.0]
+    with pytest.raises(ValueError, match="neither"):
+        reduced(np.zeros((3, 3)), 2)
+
+
+@pytest.mark.parametrize("name", ["FaithfulnessCorrelation", "PointingGame", "AvgSensitivity", "Sufficiency"])
+def test_a_bad_image_never_spoils_another(name: str) -> None:
+    bench = Bench(num=5, masks=some_masks(5)).explained()
+    metric = resolve_metric(f"quantus:{name}")(**SMALL.get(name, {}))
+    good = outcomes_of(metric, bench)
+    keep = [0, 3]
+    expected = [good[row] for row in keep]
+    if metric.facts.across_images:
+        rows = Bench(num=5).explained()
+        rows.x, rows.y, rows.maps = bench.x[keep], bench.y[keep], bench.maps[keep]
+        expected = outcomes_of(metric, rows, keys=[key_of(row) for row in keep])
+    bench.maps[1], bench.maps[2, 3, 3], bench.masks[4] = 0, np.nan, False
+    if name != "PointingGame":
+        bench.maps[4] = 0
+    done = outcomes_of(metric, bench)
+    assert [done[row].status for row in (1, 2)] == [ALL_ZERO_MAP, NAN_MAP]
+    assert done[4].status == (MISSING_MASK if name == "PointingGame" else ALL_ZERO_MAP)
+    assert all(outcome.reason for row, outcome in enumerate(done) if row not in keep)
+    assert [done[row] for row in keep] == expected
+
+
+def test_errors_of_quantus_become_a_status() -> None:
+    bench = Bench(num=2)
+    failed = outcomes_of(resolve_metric("quantus:ROAD")(percentages=[50]), bench)
+    assert [outcome.status for outcome in failed] == [ERROR, ERROR]
+    assert "IndexError" in failed[0].reason
+    bench.maps[:] = np.linspace(0.1, 0.2, 32)
+    bench.model.forward = lambda x: x.double().new_zeros(len(x), 3)  # type: ignore[method-assign]
+    flat = outcomes_of(resolve_metric("quantus:FaithfulnessEstimate")(features_in_step=128), bench)
+    assert [outcome.status for outcome in flat] == [ZERO_DENOMINATOR] * 2
+
+
+def test_a_changed_prediction_is_told_apart() -> None:
+    bench = Bench(num=4).explained()
+    metric = resolve_metric("quantus:AvgSensitivity")(
+        nr_samples=3, lower_bound=3.0, return_nan_when_prediction_changes=True
+    )
+    assert CHANGED_PREDICTION in [outcome.status for outcome in outcomes_of(metric, bench)]
+
+
+def test_nothing_global_is_left_changed() -> None:
+    bench = Bench(num=1)
+    np.random.seed(5)  # noqa: NPY002
+    torch.manual_seed(5)
+    expected = np.random.RandomState(5).random(3)
+    torch_state, numpy_names = torch.random.get_rng_state(), set(vars(np))
+    maps, x = bench.maps.copy(), bench.x.copy()
+    outcomes_of(resolve_metric("quantus:FaithfulnessCorrelation")(nr_runs=3), bench)
+    outcomes_of(resolve_metric("quantus:Sparseness")(normalise=False, abs=False), bench)
+    np.testing.assert_array_equal(np.random.random(3), expected)  # noqa: NPY002
+    assert torch.equal(torch.random.get_rng_state(), torch_state)
+    assert set(vars(np)) == numpy_names
+    np.testing.assert_array_equal(bench.maps, maps)
+    np.testing.assert_array_equal(bench.x, x)
+
+
+def test_an_explainer_with_random_numbers_gets_a_new_key_for_every_call() -> None:
+    bench, seen = Bench(num=1).explained(), []
+
+    def explain(x: Any, y: Any, keys: Any, model: Any) -> np.ndarray:
+        seen.extend(keys)
+        return gradient_map(bench.model, x, y)
+
+    outcomes_of(resolve_metric("quantus:MaxSensitivity")(nr_samples=3), bench, explain=explain)
+    assert [key.variant for key in seen] == ["quantus:0", "quantus:1", "quantus:2"]
+    assert {key.image_id for key in seen} == {"image-0"}
+
+
+def test_what_is_missing_or_unknown_is_said() -> None:
+    bench = Bench(num=1)
+    with pytest.raises(UsageError, match="explain"):
+        outcomes_of(resolve_metric("quantus:MaxSensitivity")(), bench, explain=None)
+    with pytest.raises(UsageError, match="load_model"):
+        outcomes_of(resolve_metric("quantus:MPRT")(), bench, load_model=None)
+    for name, why in (("Focus", "mosaics"), ("BatchSufficiency", "Sufficiency computes the same")):
+        with pytest.raises(UsageError, match=why):
+            resolve_metric(f"quantus:{name}")
+    with pytest.raises(ConfigError, match="Did you mean 'nr_runs'"):
+        outcomes_of(resolve_metric("quantus:FaithfulnessCorrelation")(nr_run=3), bench)
+    with pytest.raises(ConfigError, match="Did you mean 'correlation_spearman'"):
+        outcomes_of(resolve_metric("quantus:FaithfulnessCorrelation")(similarity_func="correlation_speerman"), bench)
+    with pytest.raises(ConfigError, match="layer_order"):
+        resolve_metric("quantus:MPRT")(layer_order="sideways").build()
+
+
+def test_an_adapter_metric_travels_to_another_process() -> None:
+    metric = quantus_metric("PixelFlipping")(features_in_step=128, softmax=False)
+    copied = pickle.loads(pickle.dumps(metric))
+    assert copied.options == metric.options
+    assert (copied.name, copied.family, copied.higher_is_better) == ("quantus:PixelFlipping", "faithfulness", False)
+    assert type(copied) is type(metric)
+
+
+# -- models that register tensor hooks inside forward
+
+
+class Hooked(nn.Module):
+    """Keeps the gradient of its features, as relevance and attention-gradient models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Bench(num=1).model
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        features = self.net.patches(images_BCHW.double())
+        features.register_hook(lambda gradient: None)
+        hidden = torch.nn.functional.gelu(features).flatten(1)
+        return self.net.head(torch.tanh(self.net.hidden(hidden))) * 3
+
+
+def test_a_model_with_hooks_fails_in_stock_quantus_and_not_with_gradients_allowed() -> None:
+    bench = Bench(num=2)
+    plain = bench.quantus("FaithfulnessEstimate", features_in_step=128)
+    bench.model = Hooked().eval()  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="cannot register a hook"):
+        bench.quantus("FaithfulnessEstimate", features_in_step=128)
+    bench.model = gradients_allowed(bench.model)  # type: ignore[assignment]
+    near(bench.quantus("FaithfulnessEstimate", features_in_step=128), plain, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["MPRT", "EfficientMPRT"])
+def test_metrics_that_load_a_model_with_hooks_run_through_the_adapter(name: str) -> None:
+    bench = Bench(num=1).explained()
+    metric = resolve_metric(f"quantus:{name}")(**SMALL.get(name, {}))
+    (plain,) = outcomes_of(metric, bench)
+    bench.model = Hooked().eval()  # type: ignore[assignment]
+    (hooked,) = outcomes_of(metric, bench)
+    assert hooked.status == OK
+    near(hooked.value, plain.value, 1e-6)
+
+
+def test_allowing_gradients_leaves_the_model_as_it_was() -> None:
+    model = Hooked().eval()
+    allowed = gradients_allowed(model)
+    assert type(model) is Hooked
+    assert isinstance(allowed, Hooked)
+    assert [name for name, _ in allowed.named_modules()] == [name for name, _ in model.named_modules()]
+    assert allowed.state_dict()["net.head.bias"].data_ptr() == model.state_dict()["net.head.bias"].data_ptr()
+    randomised = copy.deepcopy(allowed)
+    randomised.net.head.reset_parameters()
+    with torch.no_grad():
+        x = torch.zeros(1, 3, 32, 32)
+        assert not torch.equal(randomised(x), allowed(x))
+        with pytest.raises(RuntimeError, match="cannot register a hook"):
+            model(x)

@@ -1,0 +1,574 @@
+"""Faithfulness metrics against stock Quantus 0.6 fed the identical draws, and against slow rewrites of the papers."""
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.metrics_oracle import MAP_KINDS, Bench, replayed, stable_sorting, status_of
+from xaibatch.metrics import METRICS
+from xaibatch.perturb.plans import FillPlan, ImputationPlan, OrderPlan, SubsetPlan, SuperpixelPlan
+from xaibatch.types import ALL_ZERO_MAP, MISSING_LABEL, NAN_MAP, ZERO_DENOMINATOR
+
+EXACT = 1e-9
+"""Both sides compute in float64 from float32 images and maps; Quantus's own sums over float32 maps need REFERENCE."""
+REFERENCE = 2e-5
+
+KINDS = sorted(MAP_KINDS)
+
+
+def near(ours: Any, theirs: Any, tolerance: float = REFERENCE) -> None:
+    np.testing.assert_allclose(np.asarray(ours, float), np.asarray(theirs, float), rtol=tolerance, atol=tolerance)
+
+
+# -- random subsets
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize("baseline", ["black", "mean", "white", 0.25])
+def test_faithfulness_correlation_equals_quantus(kind: str, rows: tuple[int, ...], baseline: Any) -> None:
+    bench = Bench(kind=kind)
+    metric = METRICS["faithfulness_correlation"](num_runs=25, subset_size=60, baseline=baseline)
+    plans = [metric.plan(bench.image_view(row)) for row in rows]
+    draws = [plan.index_SK[run] for run in range(25) for plan in plans]
+    with replayed("choice", draws):
+        theirs = bench.quantus("FaithfulnessCorrelation", rows, nr_runs=25, subset_size=60, perturb_baseline=baseline)
+    near([bench.native(metric, row) for row in rows], theirs)
+
+
+@pytest.mark.parametrize("similarity", ["pearson", "spearman"])
+def test_faithfulness_correlation_of_probabilities_absolute_maps_and_ranks(similarity: str) -> None:
+    bench = Bench()
+    metric = METRICS["faithfulness_correlation"](
+        num_runs=20, subset_size=50, output="probability", abs=True, similarity=similarity
+    )
+    import quantus
+
+    with replayed("choice", list(metric.plan(bench.image_view(1)).index_SK)):
+        theirs = bench.quantus(
+            "FaithfulnessCorrelation", [1], {"softmax": True}, nr_runs=20, subset_size=50, abs=True,
+            similarity_func=getattr(quantus.similarity_func, f"correlation_{similarity}"),
+        )  # fmt: skip
+    near(bench.native(metric, 1), theirs[0])
+
+
+def test_faithfulness_correlation_of_whole_patches_equals_a_slow_rewrite() -> None:
+    bench = Bench(kind="tokens")
+    metric = METRICS["faithfulness_correlation"](num_runs=30, entries="patch", subset_size=5)
+    plan = metric.plan(bench.image_view(0))
+    assert isinstance(plan, SuperpixelPlan)
+    assert ((~plan.keep_SM).sum(1) == 5).all()
+    drops, sums = [], []
+    for keep_M in plan.keep_SM:
+        copy, total = bench.x[0].copy(), 0.0
+        for patch in np.flatnonzero(~keep_M):
+            row, column = divmod(int(patch), 4)
+            square = np.s_[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
+            copy[(slice(None), *square)] = bench.x[0].min()
+            total += bench.maps[0][square].astype(float).sum()
+        drops.append(bench.logits[0, bench.y[0]] - bench.forward(copy[None])[0, bench.y[0]])
+        sums.append(total)
+    near(bench.native(metric, 0), np.corrcoef(sums, drops)[0, 1], EXACT)
+
+
+def test_subsets_do_not_look_at_the_map_and_differ_between_images_and_repeats() -> None:
+    bench = Bench()
+    metric = METRICS["faithfulness_correlation"](num_runs=4)
+    plan, again = metric.plan(bench.image_view(0)), metric.plan(bench.image_view(0))
+    assert isinstance(plan, SubsetPlan)
+    assert plan.index_SK.shape == (4, 224)
+    assert all(len(set(subset)) == 224 for subset in plan.index_SK)
+    np.testing.assert_array_equal(plan.index_SK, again.index_SK)
+    other, repeat = metric.plan(bench.image_view(1)), metric.plan(bench.view(0, repeat=1))
+    assert (plan.index_SK != other.index_SK).any()
+    assert (plan.index_SK != repeat.index_SK).any()
+    assert metric.num_forward_passes(4) == metric.num_forward_passes(1) == 4
+
+
+# -- golden numbers of the reference implementations
+
+
+@cache
+def replay_of(num_images: int, num_entries: int, batch: int, extra: int, runs: int = 100) -> np.ndarray:
+    """Quantus's draws after np.random.seed(0): a subset per image, then one uniform number per image (0.6) or channel
+    (the study's older release) that only its unused `uniform` baseline takes. (B,100,224)"""
+    stream = np.random.RandomState(0)
+    drawn = np.empty((num_images, runs, 224), np.int32)
+    for first in range(0, num_images, batch):
+        for run in range(runs):
+            for row in range(first, first + batch):
+                drawn[row, run] = stream.choice(num_entries, 224, replace=False)
+            stream.uniform(size=extra * batch)
+    return drawn
+
+
+def golden_view(x: np.ndarray, logits: np.ndarray, label: int, map_hw: np.ndarray) -> Any:
+    from xaibatch.maps import MapOptions
+    from xaibatch.metrics.base import MapView
+    from xaibatch.seeding import DrawKey
+
+    return MapView(
+        key=DrawKey(seed=0, image_id="golden"), shape_CHW=x.shape, label=label, predicted=int(logits.argmax()),
+        logits_K=logits.astype(float), image_CHW=x, explainer="golden", target=label, map_hw=map_hw,
+        map_options=MapOptions(),
+    )  # fmt: skip
+
+
+def study_map(folder: Any, name: str, kind: str) -> np.ndarray:
+    if kind == "lrp":
+        return np.load(folder / f"{name}_lrp.npz")["map_pred_f32"][:, 0]
+    which = {"attn_mean": "mean_0", "attn_min": "min_0", "attn_max": "max_0.99"}[kind]
+    return np.load(folder / f"{name}_rollout.npz")[f"rollout_{which}"][:, 0]
+
+
+def check_captured(folder: Any, name: str, kind: str, batch: int) -> None:
+    """Sums, deltas and scores that Quantus 0.6 was seen to compute, from its draws."""
+    golden, inputs = np.load(folder / f"{name}_quantus.npz"), np.load(folder / f"{name}_lrp.npz")
+    x, logits, maps = inputs["x"], inputs["logits_timm_b1"], study_map(folder, name, kind)
+    prefix = f"FC_{kind}_bs{batch}"
+    draws = replay_of(len(x), x[0].size, batch, extra=1)
+    metric = METRICS["faithfulness_correlation"](normalise=False)
+    from xaibatch.metrics.faithfulness_correlation import hidden_relevance
+
+    for row in range(len(x)):
+        label = int(golden["y"][row])
+        view = golden_view(x[row], logits[row], label, maps[row])
+        plan = SubsetPlan(index_SK=draws[row], entries="channel", baseline="black")
+        sums = hidden_relevance(view.pixels_HW, plan)
+        near(sums, golden[f"{prefix}_att_sums"][row], 1e-5)
+        copies = np.repeat(view.logits_K[None], 100, 0)
+        copies[:, label] -= golden[f"{prefix}_pred_deltas"][row]
+        near(metric.score(view, plan, copies), golden[prefix][row], 1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+@pytest.mark.parametrize("kind", ["lrp", "attn_mean", "attn_min", "attn_max"])
+def test_faithfulness_correlation_equals_the_captured_numbers(golden_small: Any, kind: str, batch: int) -> None:
+    check_captured(golden_small, "small", kind, batch)
+
+
+@pytest.mark.parametrize(("kind", "batch"), [("lrp", 1), ("attn_mean", 1), ("attn_min", 12), ("attn_max", 12)])
+def test_faithfulness_correlation_equals_the_captured_numbers_on_x_rays(shared: Any, kind: str, batch: int) -> None:
+    check_captured(shared / "golden", "tiny", kind, batch)
+
+
+@pytest.fixture(scope="module")
+def small_model(golden_small: Any) -> Any:
+    import torch
+    from safetensors.torch import load_file
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=3, qkv_bias=True
+    ).eval()
+    model.load_state_dict(load_file(golden_small / "small_vit.safetensors"))
+    torch.set_num_threads(1)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["lrp", "attn_mean"])
+def test_the_study_form_equals_the_study_own_quantus(golden_small: Any, small_model: Any, kind: str) -> None:
+    import torch
+
+    from xaibatch.perturb.runner import PlanRunner
+
+    inputs = np.load(golden_small / "small_lrp.npz")
+    fork = np.load(golden_small / "small_quantus_authors_fork.npz")[f"fork_FC_{kind}"]
+    labels = np.load(golden_small / "small_quantus.npz")["y"]
+    maps, draws = study_map(golden_small, "small", kind), replay_of(6, 64 * 64, 1, extra=3)
+    metric = METRICS["faithfulness_correlation"](semantics="paper-2023", normalise=False)
+    runner = PlanRunner(model=small_model, batch_size=100)
+    for row in range(6):
+        view = golden_view(inputs["x"][row], inputs["logits_timm_b1"][row], int(labels[row]), maps[row])
+        drawn = metric.plan(view)
+        assert isinstance(drawn, SubsetPlan)
+        assert (drawn.entries, drawn.index_SK.shape) == ("pixel", (100, 224))
+        plan = SubsetPlan(index_SK=draws[row], entries=drawn.entries, baseline=drawn.baseline)
+        (logits_SK,) = runner.run(torch.as_tensor(inputs["x"]), [(row, plan)])
+        near(metric.score(view, plan, logits_SK.astype(float)), fork[row], 1e-5)
+
+
+def test_the_captured_deltas_are_what_the_plan_runs_to(golden_small: Any, small_model: Any) -> None:
+    import torch
+
+    from xaibatch.perturb.runner import PlanRunner
+
+    inputs, golden = np.load(golden_small / "small_lrp.npz"), np.load(golden_small / "small_quantus.npz")
+    draws = replay_of(6, inputs["x"][0].size, 1, extra=1)
+    plans = [(row, SubsetPlan(index_SK=draws[row], entries="channel", baseline="black")) for row in range(6)]
+    logits = PlanRunner(model=small_model, batch_size=64).run(torch.as_tensor(inputs["x"]), plans)
+    for row in range(6):
+        label = int(golden["y"][row])
+        deltas = inputs["logits_timm_b1"][row, label] - logits[row][:, label]
+        np.testing.assert_allclose(deltas, golden["FC_lrp_bs1_pred_deltas"][row], atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["lrp", "attn_mean"])
+def test_pixel_flipping_equals_the_captured_curves(golden_small: Any, small_model: Any, kind: str) -> None:
+    """Where a step ends between unequal values; elsewhere the captured order of the tied entries is lost."""
+    import torch
+
+    from xaibatch.perturb.runner import PlanRunner
+
+    inputs, golden = np.load(golden_small / "small_lrp.npz"), np.load(golden_small / "small_quantus.npz")
+    maps = study_map(golden_small, "small", kind)
+    metric = METRICS["pixel_flipping"](features_in_step=3 * 64 * 64 // 48)
+    runner = PlanRunner(model=small_model, batch_size=96)
+    for row in range(6):
+        view = golden_view(inputs["x"][row], inputs["logits_timm_b1"][row], int(golden["y"][row]), maps[row])
+        plan = metric.plan(view)
+        (logits_SK,) = runner.run(torch.as_tensor(inputs["x"]), [(row, plan)])
+        ordered = np.tile(maps[row].ravel(), 3)[plan.order_N]
+        clean = np.append(ordered[plan.counts_S[:-1] - 1] != ordered[plan.counts_S[:-1]], True)
+        curve, captured = metric.curve(view, logits_SK), golden[f"PF_{kind}_bs1"][row]
+        assert clean.sum() >= 8
+        np.testing.assert_allclose(curve[clean], captured[clean], atol=2e-6)
+        np.testing.assert_allclose(curve, captured, atol=0.1)
+
+
+# -- ordered removal
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize("baseline", ["black", -0.5])
+def test_pixel_flipping_equals_quantus(kind: str, rows: tuple[int, ...], baseline: Any) -> None:
+    bench = Bench(kind=kind)
+    options = {"features_in_step": 64, "baseline": baseline}
+    metric, area = METRICS["pixel_flipping"](**options), METRICS["pixel_flipping"](**options, auc="steps")
+    theirs = {"features_in_step": 64, "perturb_baseline": baseline}
+    with stable_sorting():
+        curves = bench.quantus("PixelFlipping", rows, **theirs)
+        areas = bench.quantus("PixelFlipping", rows, **theirs, return_auc_per_sample=True)
+    for curve, whole, row in zip(curves, areas, rows, strict=True):
+        plan = metric.plan(bench.view(row))
+        near(metric.curve(bench.view(row), bench.run(row, plan)), curve)
+        near(bench.native(area, row), whole)
+        near(bench.native(metric, row), np.trapezoid(curve) / (len(curve) - 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [(1,), (0, 1, 2)])
+def test_faithfulness_estimate_equals_quantus(kind: str, rows: tuple[int, ...]) -> None:
+    bench = Bench(kind=kind)
+    with stable_sorting():
+        theirs = bench.quantus("FaithfulnessEstimate", rows, features_in_step=64)
+    near([bench.native(METRICS["faithfulness_estimate"](features_in_step=64), row) for row in rows], theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [(2,), (0, 1, 2)])
+def test_monotonicity_equals_quantus(kind: str, rows: tuple[int, ...]) -> None:
+    bench = Bench(kind=kind)
+    metric = METRICS["monotonicity"](features_in_step=128, num_samples=4)
+    plans = [metric.plan(bench.view(row)) for row in rows]
+    assert all(isinstance(plan, FillPlan) for plan in plans)
+    draws = np.stack([plan.value_S for plan in plans], 1)
+    with stable_sorting(), replayed("uniform", list(draws)):
+        theirs = bench.quantus("MonotonicityCorrelation", rows, features_in_step=128, nr_samples=4)
+    near([bench.native(metric, row) for row in rows], theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sensitivity_n_has_the_sums_and_drops_of_quantus(kind: str) -> None:
+    """Quantus correlates its arrays across images, one number a step; ours correlates them along the steps."""
+    import quantus
+    from scipy.stats import pearsonr
+
+    bench = Bench(kind=kind)
+    seen: list[dict[str, np.ndarray]] = []
+
+    class Spy(quantus.SensitivityN):  # type: ignore[misc]
+        def evaluate_batch(self, **data: Any) -> Any:
+            seen.extend(super().evaluate_batch(**data))
+            return seen
+
+    setattr(quantus, "Spy", Spy)  # noqa: B010
+    try:
+        with stable_sorting():
+            across = bench.quantus("Spy", features_in_step=64)
+    finally:
+        del quantus.Spy
+    last = int(0.8 * 32 * 32 // 64)
+    metric = METRICS["sensitivity_n"](semantics="quantus-0.6", features_in_step=64)
+    for row in range(3):
+        drops, sums = seen[0]["pred_deltas"][row], seen[0]["att_sums"][row]
+        if np.ptp(sums[:last]):
+            near(bench.native(metric, row), pearsonr(drops[:last], sums[:last])[0])
+        else:
+            assert status_of(lambda row=row: bench.native(metric, row)) == ZERO_DENOMINATOR
+    assert len(across) == last != 3
+
+
+def test_sensitivity_n_of_the_paper_equals_a_slow_rewrite() -> None:
+    bench = Bench(kind="signed")
+    metric = METRICS["sensitivity_n"](num_sizes=4, num_runs=12)
+    plan = metric.plan(bench.image_view(0))
+    assert isinstance(plan, SuperpixelPlan)
+    assert not metric.plan_uses_map
+    correlations: dict[int, list[tuple[float, float]]] = {}
+    probability = np.exp(bench.logits[0]) / np.exp(bench.logits[0]).sum()
+    for keep_M in plan.keep_SM:
+        removed = ~keep_M[plan.segments_HW]
+        copy = np.where(removed, bench.x[0].min(), bench.x[0])
+        logits = bench.forward(copy[None])[0]
+        drop = (probability - np.exp(logits) / np.exp(logits).sum())[bench.y[0]]
+        correlations.setdefault(int((~keep_M).sum()), []).append((bench.maps[0][removed].astype(float).sum(), drop))
+    assert sorted(correlations) == [1, 2, 5, 13]
+    expected = np.mean([np.corrcoef(np.array(pairs).T)[0, 1] for pairs in correlations.values()])
+    near(bench.native(metric, 0), expected, EXACT)
+
+
+def test_monotonicity_of_arya_puts_the_image_in_where_quantus_never_changes_its_copies() -> None:
+    bench = Bench(kind="signed")
+    metric = METRICS["monotonicity_arya"](features_in_step=256)
+    with stable_sorting():
+        theirs = bench.quantus("Monotonicity", features_in_step=256)
+        upside_down = Bench(kind="signed", maps=bench.maps.max() - np.abs(bench.maps))
+        assert upside_down.quantus("Monotonicity", features_in_step=256) == theirs == [True, True, True]
+    for row in range(3):
+        order = np.argsort(np.tile(np.abs(bench.maps[row]).ravel(), 3), kind="stable")
+        copy, values = np.full(bench.x[row].size, bench.x[row].min()), []
+        for first in range(0, len(order), 256):
+            copy[order[first : first + 256]] = bench.x[row].ravel()[order[first : first + 256]]
+            logits = bench.forward(copy.reshape(bench.x[row].shape)[None])[0]
+            values.append((np.exp(logits) / np.exp(logits).sum())[bench.y[row]])
+        assert bench.native(metric, row) == float(all(a <= b for a, b in pairwise(values)))
+    assert 0.0 in bench.natives(metric)
+
+
+def test_monotonicity_of_arya_is_one_for_the_order_that_the_model_wants() -> None:
+    bench = Bench(num=1)
+    bench.model.forward = lambda x: x.double().mean((1, 2, 3))[:, None] * x.new_tensor([1.0, 0.0, -1.0])  # type: ignore
+    bench.y = np.array([0])
+    assert bench.native(METRICS["monotonicity_arya"](features_in_step=64), 0) == 1.0
+    bench.y = np.array([2])
+    assert bench.native(METRICS["monotonicity_arya"](features_in_step=64), 0) == 0.0
+
+
+# -- regions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("patch", "order"), [(8, "morf"), (8, "lerf"), (5, "morf"), (6, "lerf")])
+def test_region_perturbation_equals_quantus(kind: str, patch: int, order: str) -> None:
+    bench = Bench(kind=kind)
+    metric = METRICS["region_perturbation"](patch_size=patch, order=order, regions_evaluation=12)
+    with stable_sorting():
+        theirs = bench.quantus("RegionPerturbation", patch_size=patch, order=order, regions_evaluation=12)
+    for row in range(3):
+        plan = metric.plan(bench.view(row))
+        near(metric.curve(bench.view(row), bench.run(row, plan)), theirs[row])
+
+
+def test_region_perturbation_in_random_order_equals_quantus_given_the_permutation() -> None:
+    bench = Bench()
+    metric = METRICS["region_perturbation"](patch_size=8, order="random")
+    permutations = [bench.view(row).key.generator("region_perturbation").permutation(16) for row in range(3)]
+    with stable_sorting(), replayed("permutation", permutations):
+        theirs = bench.quantus("RegionPerturbation", patch_size=8, order="random")
+    near(bench.natives(metric), [np.trapezoid(curve) / (len(curve) - 1) for curve in theirs])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("patch", [8, 7])
+def test_selectivity_equals_quantus(kind: str, patch: int) -> None:
+    bench = Bench(kind=kind)
+    with stable_sorting():
+        theirs = bench.quantus("Selectivity", patch_size=patch)
+    near(bench.natives(METRICS["selectivity"](patch_size=patch, auc="steps")), np.trapezoid(theirs, axis=1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("baseline", [0.1, -1.0])
+def test_irof_equals_quantus_on_one_image(kind: str, baseline: float) -> None:
+    bench = Bench(kind=kind, channels=1)
+    metric = METRICS["irof"](baseline=baseline)
+    for row in range(3):
+        with stable_sorting():
+            theirs = bench.quantus("IROF", [row], perturb_baseline=baseline)
+        near(bench.native(metric, row), theirs[0])
+
+
+def test_irof_of_quantus_fails_on_colour_images_where_ours_scores() -> None:
+    bench = Bench(num=1, kind="tokens")
+    with pytest.raises(AssertionError, match="mask shape"), stable_sorting():
+        bench.quantus("IROF")
+    segments = METRICS["irof"](baseline=0.1).plan(bench.view(0)).segments_HW
+    mean_M = [bench.maps[0][segments == m].mean(dtype=float) for m in range(segments.max() + 1)]
+    copy, ratios = bench.x[0].copy(), []
+    probability = np.exp(bench.logits[0]) / np.exp(bench.logits[0]).sum()
+    for segment in np.argsort(-np.array(mean_M), kind="stable"):
+        copy = np.where(segments == segment, np.float32(0.1), copy)
+        logits = bench.forward(copy[None])[0]
+        ratios.append((np.exp(logits) / np.exp(logits).sum() / probability)[bench.y[0]])
+    near(bench.native(METRICS["irof"](baseline=0.1), 0), len(ratios) - np.trapezoid(ratios), 1e-6)
+
+
+def test_irof_of_quantus_depends_on_its_batch_and_on_its_own_changes() -> None:
+    """Its mean baseline is taken over the whole batch as changed so far, and shorter curves are padded with zeros."""
+    bench = Bench(kind="tokens", channels=1)
+    with stable_sorting():
+        alone = [bench.quantus("IROF", [row])[0] for row in range(3)]
+        together = bench.quantus("IROF")
+    assert np.abs(np.array(alone) - together).max() > 1e-3
+    for row, x in enumerate(bench.x):
+        frozen = METRICS["irof"](baseline=float(x.mean(dtype=np.float64)))
+        near(bench.native(METRICS["irof"](), row), bench.native(frozen, row), 1e-6)
+
+
+# -- imputation and infidelity
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_road_equals_quantus_where_quantus_runs(kind: str) -> None:
+    """One channel: the mean over images of ours is the mean over percentages of Quantus's."""
+    bench = Bench(num=4, kind=kind, channels=1)
+    percentages = [1, 5, 20, 50, 80, 95]
+    metric = METRICS["road"](percentages=percentages, noise=0.3)
+    plans = [metric.plan(bench.view(row)) for row in range(4)]
+    noise = [plan.noise_CK(share, 1) / 0.3 for share in range(len(percentages)) for plan in plans]
+    with stable_sorting(), pytest.MonkeyPatch.context() as patch:
+        stream = iter(noise)
+        patch.setattr(np.random, "randn", lambda *shape: next(stream).reshape(shape))
+        theirs = bench.quantus("ROAD", percentages=percentages, noise=0.3)
+    ours = np.stack([bench.run(row, plans[row]).argmax(1) == bench.y[row] for row in range(4)])
+    near(ours.mean(0), [theirs[share] for share in percentages])
+    near(np.mean(bench.natives(metric)), np.mean(list(theirs.values())))
+
+
+def test_road_of_quantus_fails_on_colour_images_where_ours_scores() -> None:
+    bench = Bench(num=1, kind="tokens")
+    with pytest.raises(IndexError), stable_sorting():
+        bench.quantus("ROAD", percentages=[10, 50])
+    assert bench.native(METRICS["road"](percentages=(10, 50)), 0) in (0.0, 0.5, 1.0)
+
+
+def test_imputed_pixels_solve_the_equations_of_the_paper() -> None:
+    import torch
+
+    from xaibatch.perturb.expand import expand
+
+    bench = Bench(num=1, channels=3, kind="segments")
+    order = np.argsort(-bench.maps[0].ravel(), kind="stable").astype(np.int32)
+    counts = np.array([0, 1, 300, 1023], np.int32)
+    plan = ImputationPlan(order_N=order, counts_S=counts, noise_std=0.0, key=bench.view(0).key)
+    for copy, count in zip(expand(plan, torch.as_tensor(bench.x[0]).double(), 0, 4).numpy(), counts, strict=True):
+        removed = np.zeros(1024, bool)
+        removed[order[:count]] = True
+        removed = removed.reshape(32, 32)
+        np.testing.assert_array_equal(copy[:, ~removed], bench.x[0].astype(float)[:, ~removed])
+        for row, column in zip(*np.nonzero(removed), strict=True):
+            total, weights = 0.0, 0.0
+            for down in (-1, 0, 1):
+                for right in (-1, 0, 1):
+                    inside = 0 <= row + down < 32 and 0 <= column + right < 32
+                    weight = (1 / 6 if 0 in (down, right) else 1 / 12) * inside * ((down, right) != (0, 0))
+                    total = total + (weight * copy[:, row + down, column + right] if weight else 0.0)
+                    weights += weight
+            np.testing.assert_allclose(copy[:, row, column], total / weights, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("baseline", ["black", 0.5])
+def test_infidelity_equals_quantus(kind: str, baseline: Any) -> None:
+    bench = Bench(kind=kind)
+    theirs = bench.quantus("Infidelity", perturb_patch_sizes=[8], n_perturb_samples=2, perturb_baseline=baseline)
+    near(bench.natives(METRICS["infidelity"](patch_size=8, baseline=baseline)), theirs, 1e-4)
+
+
+def test_infidelity_of_the_paper_removes_each_square_alone() -> None:
+    bench = Bench(kind="signed")
+    errors = []
+    for row in range(0, 32, 8):
+        for column in range(0, 32, 8):
+            copy = bench.x[0].astype(float).copy()
+            copy[:, row : row + 8, column : column + 8] = 0.0
+            drop = bench.logits[0, bench.y[0]] - bench.forward(copy.astype(np.float32)[None])[0, bench.y[0]]
+            errors.append((drop - (bench.maps[0] * (bench.x[0] - copy)).sum()) ** 2)
+    near(bench.native(METRICS["infidelity"](semantics="yeh-2019", baseline=0.0), 0), np.mean(errors), 1e-6)
+
+
+# -- insertion and deletion
+
+
+@pytest.mark.parametrize("name", ["deletion_auc", "insertion_auc"])
+def test_insertion_and_deletion_equal_a_slow_rewrite(name: str) -> None:
+    bench = Bench(kind="signed")
+    metric = METRICS[name](baseline=0.0, pixels_in_step=100)
+    order = np.argsort(-bench.maps[1].ravel(), kind="stable")
+    klass = int(bench.logits[1].argmax())
+    heights = []
+    for count in [*range(0, 1024, 100), 1024]:
+        shown = np.zeros(1024, bool)
+        shown[order[:count]] = True
+        shown = shown.reshape(32, 32) if name == "insertion_auc" else ~shown.reshape(32, 32)
+        logits = bench.forward((bench.x[1] * shown).astype(np.float32)[None])[0]
+        heights.append((np.exp(logits) / np.exp(logits).sum())[klass])
+    near(bench.native(metric, 1), np.trapezoid(heights) / 11, EXACT)
+    plan = metric.plan(bench.view(1))
+    assert isinstance(plan, OrderPlan)
+    assert plan.num_samples == metric.num_forward_passes(1, (3, 32, 32)) == 11
+
+
+# -- sharing, ties, undefined scores
+
+
+def test_metrics_of_equal_cell_key_make_equal_plans() -> None:
+    bench = Bench(kind="ties")
+    flipping = METRICS["pixel_flipping"](features_in_step=64)
+    curve = METRICS["sensitivity_n"](semantics="quantus-0.6", features_in_step=64)
+    assert flipping.cell_key() == curve.cell_key()
+    one, two = flipping.plan(bench.view(0)), curve.plan(bench.view(0))
+    np.testing.assert_array_equal(one.order_N, two.order_N)
+    np.testing.assert_array_equal(one.counts_S, two.counts_S)
+    assert flipping.cell_key() != METRICS["pixel_flipping"](features_in_step=64, baseline="white").cell_key()
+    draws = METRICS["faithfulness_correlation"]
+    assert draws(similarity="spearman").cell_key() == draws(abs=True).cell_key() != draws(num_runs=99).cell_key()
+    assert draws(semantics="paper-2023").cell_key() == draws(entries="pixel").cell_key() != draws().cell_key()
+
+
+def test_equal_relevance_is_ordered_by_position() -> None:
+    bench = Bench(maps=np.ones((3, 32, 32), np.float32))
+    plan = METRICS["pixel_flipping"](entries="pixel").plan(bench.view(0))
+    np.testing.assert_array_equal(plan.order_N, np.arange(1024))
+    assert plan.counts_S.tolist() == [64 * step for step in range(1, 17)]
+
+
+PLAN_METRICS = [name for name in METRICS if METRICS[name].family == "faithfulness"]
+
+
+@pytest.mark.parametrize("name", PLAN_METRICS)
+def test_maps_that_cannot_be_scored_are_null_with_a_reason(name: str) -> None:
+    bench = Bench(num=1, maps=np.zeros((1, 32, 32), np.float32))
+    options = {"num_runs": 4} if name in ("faithfulness_correlation", "sensitivity_n") else {}
+    metric = METRICS[name](**options)
+    assert status_of(lambda: bench.native(metric, 0)) == ALL_ZERO_MAP
+    bench.maps = np.full((1, 32, 32), np.nan, np.float32)
+    assert status_of(lambda: bench.native(metric, 0)) == NAN_MAP
+
+
+@pytest.mark.parametrize("name", ["faithfulness_correlation", "faithfulness_estimate", "monotonicity", "sensitivity_n"])
+def test_a_constant_map_has_no_correlation(name: str) -> None:
+    bench = Bench(num=1, maps=np.full((1, 32, 32), 0.3, np.float32))
+    assert status_of(lambda: bench.native(METRICS[name](), 0)) == ZERO_DENOMINATOR
+    bench.maps = np.full((1, 4, 4), 0.1, np.float64)
+    bench.patch_size = 4
+    assert status_of(lambda: bench.native(METRICS[name](), 0)) == ZERO_DENOMINATOR
+
+
+def test_a_model_that_ignores_the_image_has_no_correlation() -> None:
+    bench = Bench(num=1)
+    bench.model.forward = lambda x: x.double().new_zeros(len(x), 3) + 0.5  # type: ignore[method-assign]
+    bench.logits = bench.forward(bench.x)
+    assert status_of(lambda: bench.native(METRICS["faithfulness_correlation"](num_runs=5), 0)) == ZERO_DENOMINATOR
+
+
+def test_an_unknown_label_is_not_scored_but_the_predicted_class_is() -> None:
+    bench = Bench(num=1)
+    bench.y = np.array([-1])
+    assert status_of(lambda: bench.native(METRICS["pixel_flipping"](), 0)) == MISSING_LABEL
+    assert 0 < bench.native(METRICS["pixel_flipping"](scored_class="predicted"), 0) < 1
