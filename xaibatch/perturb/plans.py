@@ -89,7 +89,8 @@ class SoftMaskPlan:
     """Copy s is image * m_s + baseline * (1 - m_s), m_s upsampled bilinearly from a random grid and cropped (RISE).
 
     `grid_Sgg` holds the low-resolution masks (values 0..1), each upsampled with half-pixel centres to
-    (g + 1) * ceil(H / g) by (g + 1) * ceil(W / g) pixels; `shift_S2` is the offset (rows, columns) in pixels of the image's window into that.
+    (g + 1) * ceil(H / g) by (g + 1) * ceil(W / g) pixels; `shift_S2` is the offset (rows, columns) in pixels of the
+    image's window into that.
     """
 
     grid_Sgg: NDArray[np.float32]
