@@ -714,7 +714,7 @@ def test_preprocessing_from_metadata() -> None:
     assert found is not None
     assert (found.grey, found.resize_short, found.interpolation, found.mean) == (False, 96, "bicubic", (0.1, 0.2, 0.3))
     whole = Preprocessing(mean=(0.3,), std=(0.2,), crop_rounding="half_even")
-    assert from_metadata({"preprocessing": whole.model_dump_json(), "mean": "9"}, (1, 1), 3, "") == whole
+    assert from_metadata({"preprocessing": whole.model_dump_json(), "mean": "9"}, (1, 1), 3, "default") == whole
     assert from_metadata({"classes": "a,b"}, (224, 224), 3, "") is None
     for wrong in ({"mean": "x", "std": "1"}, {"mean": "1,2", "std": "1"}, {"preprocessing": "{}}"}):
         with pytest.raises(ModelError, match="preprocessing cannot be used"):

@@ -291,7 +291,14 @@ def test_preprocessing_of_timm_and_changes_by_the_caller() -> None:
 
 
 def test_a_checkpoint_can_record_its_whole_preprocessing(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    whole = Preprocessing(image_size=(160, 160), resize_short=200, mean=(0.4,), std=(0.3,), value_range="min_max")
+    whole = Preprocessing(
+        image_size=(160, 160),
+        resize_short=200,
+        mean=(0.4,),
+        std=(0.3,),
+        value_range="min_max",
+        source="checkpoint metadata",
+    )
     path = saved(tmp_path / "m.safetensors", state, {"preprocessing": whole.model_dump_json()})
     assert load_model(NAME, checkpoint=path).preprocessing == whole
     with pytest.raises(

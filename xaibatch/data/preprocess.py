@@ -167,9 +167,10 @@ def from_metadata(
     """
     whole = metadata.get("preprocessing")
     if whole is not None:
-        return _checked(
+        recorded = _checked(
             lambda: Preprocessing.model_validate_json(whole) if isinstance(whole, str) else Preprocessing(**whole)
         )
+        return recorded.model_copy(update={"source": source})
     if "mean" not in metadata or "std" not in metadata:
         return None
 
