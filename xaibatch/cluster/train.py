@@ -15,9 +15,11 @@ import torch
 
 from xaibatch.cluster.connect import connected
 from xaibatch.config import EngineConfig
+from xaibatch.data.dataset import open_dataset
 from xaibatch.errors import UsageError, XaibatchError
 from xaibatch.training.fit import LOG_NAME, Place, fit
 from xaibatch.training.options import TrainOptions
+from xaibatch.training.splits import splits_of
 
 MAX_FAILURES: Final = 3
 """Times that lost workers are replaced; each time the run goes on after its last complete epoch."""
@@ -30,6 +32,7 @@ def train_on_ray(options: TrainOptions, *, address: str | None = None) -> None:
     Progress is printed as it is written to `train.log`. Raises the worker's own XaibatchError for a mistake in data
     or options, UsageError where the cluster is too small.
     """
+    splits_of(open_dataset(options.data, layout=options.layout))  # a mistake in the data shows before Ray starts
     output = Path(options.output).resolve()
     with connected(EngineConfig(address=address)):
         use_gpu = options.use_gpu if options.use_gpu is not None else _has_gpus(options.num_workers)

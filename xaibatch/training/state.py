@@ -52,7 +52,8 @@ class RunState:
             return False
         if options.max_minutes is not None and elapsed_s >= 60 * options.max_minutes:
             return True
-        return len(self.history) - self.best_epoch >= options.patience
+        scores = [row["val"]["balanced_accuracy"] for row in self.history]
+        return len(scores) - (scores.index(max(scores)) + 1) >= options.patience
 
     @property
     def best_epoch(self) -> int:
