@@ -13,7 +13,7 @@ from xaibatch.simulate.options import SimulationOptions
 from xaibatch.simulate.radiograph import RadiographSimulator
 from xaibatch.simulate.volume import ChestVolume, load_volume
 
-FILMS_A_TASK: Final = 16
+FILMS_A_TASK: Final = 4
 """Films of one call: seconds of work, and little to repeat when a worker is lost."""
 CALLS_A_WORKER: Final = 2
 """Calls waiting at each worker."""
@@ -61,28 +61,30 @@ def _render(
         _Worker
     )
     stored = ray.put(volume)
-    workers: list[Any] = [actor.remote(stored, seed, options, str(output)) for _ in range(max(1, count))]
+    workers: list[Any] = [actor.remote(seed, options, str(output)) for _ in range(max(1, count))]
     waiting: dict[Any, Any] = {}
     number_left = len(missing)
     queue = iter(parts)
     for worker in workers * CALLS_A_WORKER:
         if (part := next(queue, None)) is not None:
-            waiting[worker.render.remote(part)] = worker
+            waiting[worker.render.remote(stored, part)] = worker
     while waiting:
         (done,), _ = ray.wait(list(waiting), num_returns=1)
         worker = waiting.pop(done)
         number_left -= ray.get(done)
         left(number_left)
         if (part := next(queue, None)) is not None:
-            waiting[worker.render.remote(part)] = worker
+            waiting[worker.render.remote(stored, part)] = worker
 
 
 class _Worker:
-    """Holds the simulator; renders lists of indices."""
+    """Renders lists of indices; builds its simulator at the first call, and again after a restart."""
 
-    def __init__(self, volume: ChestVolume, seed: int, options: SimulationOptions, output: str) -> None:
-        self._simulator = RadiographSimulator(volume, options, seed)
-        self._output = Path(output)
+    def __init__(self, seed: int, options: SimulationOptions, output: str) -> None:
+        self._seed, self._options, self._output = seed, options, Path(output)
+        self._simulator: RadiographSimulator | None = None
 
-    def render(self, indices: list[int]) -> int:
+    def render(self, volume: ChestVolume, indices: list[int]) -> int:
+        if self._simulator is None:
+            self._simulator = RadiographSimulator(volume, self._options, self._seed)
         return sum(1 for _ in make_films(self._output, self._simulator, indices))
