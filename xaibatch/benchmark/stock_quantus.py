@@ -1,0 +1,63 @@
+"""Images, maps and a Quantus class in, its scores out: stock Quantus 0.6, called as its users call it.
+
+Shape letters: B images, C channels, H W pixels.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ExplainFunc = Callable[..., NDArray[np.floating]]
+"""(model, inputs, targets, **kwargs) -> maps (B,1,H,W)."""
+
+
+def stock_score(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    model: Any,
+    x_BCHW: NDArray[np.floating],
+    y_B: NDArray[np.int64],
+    maps_B1HW: NDArray[np.floating],
+    explain_func: ExplainFunc | None,
+    batch_size: int,
+    device: str,
+) -> Any:
+    """What the Quantus metric returns for these images; its arguments are copies, since it changes them."""
+    import quantus
+
+    with _as_before(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metric = getattr(quantus, name)(
+            disable_warnings=True, display_progressbar=False, return_aggregate=False, **options
+        )
+        return metric(
+            model=model,
+            x_batch=x_BCHW.copy(),
+            y_batch=y_B.copy(),
+            a_batch=maps_B1HW.copy(),
+            explain_func=explain_func,
+            channel_first=True,
+            batch_size=batch_size,
+            device=device,
+        )
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """Quantus draws from NumPy's global stream and uses a name that NumPy 2.4 removed; both are put back afterwards."""
+    state = np.random.get_state()  # noqa: NPY002
+    removed = "trapz"
+    lent = not hasattr(np, removed)
+    if lent:
+        setattr(np, removed, np.trapezoid)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+        if lent:
+            delattr(np, removed)
