@@ -220,17 +220,19 @@ def test_an_explainer_class_is_taken_as_it_is(tmp_path, monkeypatch):
 def test_integrated_gradients_equal_golden(small, golden_small, kind, num_steps, batch_size):
     golden = np.load(golden_small / "small_others.npz")
     targets = small.pred if kind == "pred" else torch.zeros_like(small.pred)
+    rows = slice(None) if num_steps == 20 else slice(4, 6)  # image 4 has a negative logit
     for channels, key in (("sum", "patch"), ("abs_sum", "patchabs")):
         if channels == "abs_sum" and num_steps == 20:
             continue
         explainer = resolve_explainer("captum:IntegratedGradients")(
             arguments={"n_steps": num_steps}, internal_batch_size=batch_size, channels=channels
         )
-        maps = explainer.explain(make_inputs(small.model, small.images, targets)).maps_Bhw
-        patches = maps.reshape(6, 8, 8, 8, 8).sum((2, 4)).reshape(6, 64).numpy()
-        assert relative(patches, golden[f"ig{num_steps}_{key}_{kind}_f64"]) < 1e-8
+        maps = explainer.explain(make_inputs(small.model, small.images[rows], targets[rows])).maps_Bhw
+        patches = maps.reshape(-1, 8, 8, 8, 8).sum((2, 4)).reshape(-1, 64).numpy()
+        expected = golden[f"ig{num_steps}_{key}_{kind}_f64"][rows]
+        assert (np.linalg.norm(patches - expected, axis=1) < 1e-8 * np.linalg.norm(expected, axis=1)).all()
         if channels == "sum" and num_steps == 50 and kind == "pred":
-            assert relative(maps.numpy(), golden["ig50_pixel_pred_f64"]) < 1e-8
+            assert relative(maps.numpy(), golden["ig50_pixel_pred_f64"][rows]) < 1e-8
 
 
 def test_integrated_gradients_of_radiographs_equal_golden(shared):
@@ -248,12 +250,13 @@ def test_integrated_gradients_of_radiographs_equal_golden(shared):
 
 def test_baselines_are_images_of_their_own(small):
     """The completeness axiom (Sundararajan et al. 2017): attributions add up to F(x) - F(baseline), per image."""
-    explainer = resolve_explainer("captum:IntegratedGradients")(baseline="black", arguments={"n_steps": 200})
+    explainer = resolve_explainer("captum:IntegratedGradients")(baseline="black", arguments={"n_steps": 60})
     maps = explainer.explain(make_inputs(small.model, small.images[:2], small.pred[:2])).maps_Bhw
     black = small.images[:2].amin((1, 2, 3), keepdim=True).expand(2, 3, 64, 64)
     with torch.no_grad():
         rise = (small.model(small.images[:2]) - small.model(black)).gather(1, small.pred[:2, None])[:, 0]
     torch.testing.assert_close(maps.sum((1, 2)), rise, rtol=0, atol=5e-3)
+    assert rise.abs().max() > 0.1
 
 
 def test_saliency_is_the_gradient(small):
@@ -439,9 +442,15 @@ def torchvision_twin(model, block):
     return twin
 
 
-@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-@pytest.mark.parametrize("name", sorted(set(zennit.composites.COMPOSITES) - {"beta_smooth"}))
-def test_timm_resnet_equals_zennits_own_torchvision_resnet(block, name):
+EQUAL_CASES = [
+    *((name, BasicBlock) for name in sorted(set(zennit.composites.COMPOSITES) - {"beta_smooth"})),
+    ("epsilon_plus", Bottleneck),
+    ("guided_backprop", Bottleneck),
+]
+
+
+@pytest.mark.parametrize(("name", "block"), EQUAL_CASES)
+def test_timm_resnet_equals_zennits_own_torchvision_resnet(name, block):
     """torchvision's ResNet with the same weights, under zennit's own canonizer for it (beta_smooth is wrong there:
     torchvision calls one ReLU module several times and zennit keeps its last input only)."""
     model, images, targets = make_resnet(block), make_images(3), torch.tensor([1, 0, 3])

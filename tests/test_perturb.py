@@ -1,5 +1,7 @@
 """Plans expanded on a device equal their slow NumPy definition; the runner packs, counts, and survives lost memory."""
 
+import subprocess
+import sys
 from functools import singledispatch
 
 import numpy as np
@@ -451,6 +453,18 @@ def test_superpixels_are_dense_and_start_at_zero(name, options):
 
 def test_grid_is_row_major_with_smaller_pieces_at_the_border():
     assert patch_grid((4, 5), patch_size=2).tolist() == [[0, 0, 1, 1, 2]] * 2 + [[3, 3, 4, 4, 5]] * 2
+
+
+def test_a_worker_makes_superpixels_without_torch():
+    code = """
+import sys
+import numpy as np
+from xaibatch.perturb.segmentation import segment
+image = np.random.default_rng(0).normal(size=(3, 16, 16))
+assert segment(image, "quickshift").shape == segment(image, "grid", patch_size=4).shape == (16, 16)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_segmentation_options_and_names_are_checked():

@@ -68,7 +68,7 @@ class PlanRunner:
         position = 0
         while position < total:
             stop = min(position + self.batch_size, total)
-            logits_NK = self._attempt(copies, position, stop)
+            logits_NK = self._attempt(copies, position, stop, like.device)
             if logits_NK is None:
                 self._shrink(like.device)
                 continue
@@ -77,10 +77,12 @@ class PlanRunner:
             position = stop
         return torch.cat(outputs) if outputs else torch.empty((0, 0), dtype=dtype)
 
-    def _attempt(self, copies: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor | None:
+    def _attempt(
+        self, copies: Callable[[int, int], Tensor], start: int, stop: int, device: torch.device
+    ) -> Tensor | None:
         """The logits of one batch, or None if it did not fit (everything it had allocated is released on return)."""
         try:
-            with torch.inference_mode(), self._precision():
+            with torch.inference_mode(), self._precision(device):
                 logits_NK: Tensor = self.model(copies(start, stop))
                 return logits_NK
         except (RuntimeError, MemoryError) as error:
@@ -88,10 +90,8 @@ class PlanRunner:
                 raise
             return None
 
-    def _precision(self) -> AbstractContextManager[None]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(next(self.model.parameters()).device.type, dtype=self.autocast)
+    def _precision(self, device: torch.device) -> AbstractContextManager[None]:
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
 
     def _shrink(self, device: torch.device) -> None:
         if self.batch_size == 1:
