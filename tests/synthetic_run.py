@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from xaibatch.results.parts import RunFolder
 from xaibatch.results.schema import FAILURES, MAPS, PREDICTIONS, SCORES
@@ -84,6 +85,10 @@ class Design:
     lesion_only: frozenset[str] = frozenset({"pointing_game"})
     """Metrics that need a mask, which Normal images have not."""
     synthetic: bool = False
+    pixels: str = ""
+    """Folder to write radiographs, lesion masks, twins and a manifest into; empty: the run's images cannot be had."""
+    names: Mapping[int, str] = field(default_factory=dict)
+    """Image number -> file name, where not its number."""
 
 
 def make_run(url: str | Path, design: Design | None = None) -> dict[str, Any]:
@@ -92,6 +97,8 @@ def make_run(url: str | Path, design: Design | None = None) -> dict[str, Any]:
     folder = RunFolder(str(url))
     folder.create()
     images = image_facts(design)
+    if design.pixels:
+        write_images(Path(design.pixels), images)
     record = make_record(folder, design, images)
     folder.write_json(record, "run.json")
     for start in range(0, design.num_images, design.shard_size):
@@ -120,7 +127,7 @@ def image_facts(design: Design) -> list[dict[str, Any]]:
         predicted = label if draws.random() < 0.85 else CLASSES[int(draws.integers(3))]
         facts.append(
             {
-                "image_id": f"{label}/{i:05d}.png",
+                "image_id": f"{label}/{design.names.get(i, f'{i:05d}.png')}",
                 "patient": f"p{i // design.images_per_patient:04d}" if design.images_per_patient > 1 else None,
                 "label": label,
                 "predicted": predicted,
@@ -129,6 +136,30 @@ def image_facts(design: Design) -> list[dict[str, Any]]:
             }
         )
     return sorted(facts, key=lambda fact: fact["image_id"])
+
+
+def write_images(folder: Path, images: Sequence[Mapping[str, Any]]) -> None:
+    """Two dark lungs on grey; images that are not Normal have a bright disc where their maps are brightest."""
+    rows, columns = np.mgrid[:96, :96]
+    lungs = ((rows - 48) / 34) ** 2 + ((abs(columns - 48) - 18) / 15) ** 2 < 1
+    lines = ["image_id,path,label,patient,mask_lesion,twin"]
+    for kind in ("images", "masks", "twins"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for fact in images:
+        number, (y, x) = fact["number"], fact["centre"]
+        disc = (rows - (y + 0.5) * 96 / 14) ** 2 + (columns - (x + 0.5) * 96 / 14) ** 2 < 100
+        twin = np.where(lungs, 60, 150) + np.random.default_rng([13, number]).normal(0, 6, lungs.shape)
+        has_lesion = fact["label"] != "Normal"
+        grey = {"images": twin + 80 * (disc & has_lesion), "twins": twin, "masks": 255.0 * disc}
+        for kind, values in grey.items():
+            if kind != "masks" or has_lesion:
+                Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(folder / kind / f"{number}.png")
+        mask = f"masks/{number}.png" if has_lesion else ""
+        identity = '"' + fact["image_id"].replace('"', '""') + '"'
+        lines.append(
+            f"{identity},images/{number}.png,{fact['label']},{fact['patient'] or ''},{mask},twins/{number}.png"
+        )
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
 
 
 def make_record(folder: RunFolder, design: Design, images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -143,8 +174,9 @@ def make_record(folder: RunFolder, design: Design, images: Sequence[Mapping[str,
                    "model": {"name": "vit_tiny_patch16_224"}, "data": {"path": None},
                    "maps": {"upsampling": "bilinear", "normalise": "none"}},
         "model": {"name": "vit_tiny_patch16_224", "class_names": list(CLASSES), "patch_size": 16, "checksum": "ab" * 32,
-                  "preprocessing": {"image_size": [224, 224]}},
-        "data": {"path": None, "root": "", "num_images": len(images), "num_patients": len(patients) or None,
+                  "preprocessing": {"image_size": [96, 96], "resize_short": 96}},
+        "data": {"path": design.pixels or None, "root": design.pixels, "layout": "manifest",
+                 "num_images": len(images), "num_patients": len(patients) or None,
                  "classes": {name: sum(f["label"] == name for f in images) for name in CLASSES}, "checksum": "cd" * 32,
                  "synthetic": design.synthetic},
         "explainers": {label: dict(EXPLAINERS[label]) for label in design.explainers},

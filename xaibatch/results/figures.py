@@ -6,6 +6,7 @@ pyplot or global settings.
 """
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -34,7 +35,7 @@ def svg(figure: Figure) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "xaibatch"}):
         figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = target.getvalue()
-    return text[text.index("<svg") :]
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
 def interval_figure(

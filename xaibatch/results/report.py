@@ -11,45 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from pydantic import Field
 
-from xaibatch.options import Options
 from xaibatch.results import figures, report_tables
 from xaibatch.results.cube import ScoreCube
 from xaibatch.results.frames import Run, open_run
 from xaibatch.results.overlay import OverlayOptions, colour_map
-from xaibatch.results.report_browser import browser_json, listed_images, probabilities_of
-from xaibatch.results.report_choice import Choice, best_and_worst, disagreements, typical
+from xaibatch.results.report_browser import browser_json
 from xaibatch.results.report_facts import facts, failure_lines, notices
-from xaibatch.results.report_figure import Material, tile_grid
+from xaibatch.results.report_figure import tile_grid
 from xaibatch.results.report_findings import findings
-from xaibatch.results.report_images import load_maps, load_pictures
+from xaibatch.results.report_gallery import Gallery, ReportOptions, make_gallery
 from xaibatch.results.study import Study, make_study
 from xaibatch.results.summary import counted
 
 REPORT = "report.html"
-
-
-class ReportOptions(Options):
-    """How much a report shows."""
-
-    num_typical: int = Field(default=6, ge=1)
-    """Columns of the figure, shared out evenly over the classes."""
-
-    num_extreme: int = Field(default=3, ge=1)
-    """Best cases, and as many worst ones."""
-
-    num_disputed: int = Field(default=6, ge=0)
-    """Images on which explainers disagree."""
-
-    max_pixels: int = Field(default=200, ge=0)
-    """Images whose pixels are embedded for the browser; more make the file heavy."""
-
-    max_listed: int = Field(default=2000, ge=1)
-    """Images that the browser lists, with scores and maps."""
-
-    thumbnail: int = Field(default=160, ge=32)
-    """Longer side of an embedded radiograph in the browser, in pixels."""
 
 
 def write_report(url: str, output: str | Path | None = None, options: ReportOptions | None = None) -> str:
@@ -72,34 +47,18 @@ def write_report(url: str, output: str | Path | None = None, options: ReportOpti
 def render_report(run: Run, options: ReportOptions) -> str:
     """The report as HTML text; the same run gives the same text."""
     made = make_study(run)
-    cube = made.cube
-    choices = [typical(cube, options.num_typical, made.floor), best_and_worst(cube, options.num_extreme, made.floor)]
-    leading = [i for choice in choices if choice for i in choice.image_ids]
-    listed = listed_images(cube.image_ids, leading, options.max_listed, made.seed)
-    maps = load_maps(run, listed)
-    seen = {key: stored for key, stored in maps.items() if key[0] in set(listed)}
-    choices.append(disagreements(cube, seen, options.num_disputed, made.floor))
-    shown = list(dict.fromkeys(i for choice in choices if choice for i in choice.image_ids))
-    with_pixels = listed_images(listed, shown, options.max_pixels, made.seed)
-    pictures = load_pictures(run, [*shown, *with_pixels])
+    gallery = make_gallery(run, made, options)
     predictions = run.predictions.arrow()
     class_names = tuple(run.record.get("model", {}).get("class_names", ()))
-    material = Material(
-        cube=cube,
-        pictures=pictures.found,
-        maps=maps,
-        probabilities=probabilities_of(
-            predictions.select(["image_id", "predicted", "probabilities"]).to_pylist(), class_names
-        ),
-        titles=made.titles,
-        signed=made.signed,
-    )
+    listed, with_pixels = gallery.listed, gallery.with_pixels
     context = {
-        **_text_context(run, made, pictures.notes),
-        **_picture_context(made, choices, material),
+        **_text_context(run, made, gallery.notes),
+        **_picture_context(made, gallery),
         "sanity": report_tables.sanity(predictions, class_names, seed=made.seed),
-        "browser_note": _browser_note(len(listed), cube.num_images, len({*with_pixels} & {*pictures.found})),
-        "data": browser_json(material, listed, with_pixels, side=options.thumbnail, floor=made.floor),
+        "browser_note": _browser_note(
+            len(listed), made.cube.num_images, len({*with_pixels} & {*gallery.material.pictures})
+        ),
+        "data": browser_json(gallery.material, listed, with_pixels, side=options.thumbnail, floor=made.floor),
     }
     return _template("report.html.j2").render(context)
 
@@ -149,11 +108,11 @@ def _text_context(run: Run, made: Study, image_notes: tuple[str, ...]) -> dict[s
     }
 
 
-def _picture_context(made: Study, choices: list[Choice | None], material: Material) -> dict[str, Any]:
+def _picture_context(made: Study, gallery: Gallery) -> dict[str, Any]:
     cube, everything = made.cube, made.groups[0].title
     by_metric = {m.label: m for m in cube.metrics}
     by_label = [g for g in made.groups if g.kind == "label"]
-    grids = [tile_grid(choice, material) for choice in choices if choice is not None and choice.image_ids]
+    grids = [tile_grid(choice, gallery.material) for choice in gallery.choices]
     context: dict[str, Any] = {
         "figure": grids[0] if grids else None,
         "cases": grids[1:],

@@ -7,7 +7,7 @@ stay below a few megabytes.
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +15,6 @@ from numpy.typing import NDArray
 from xaibatch.results.overlay import OverlayOptions, colour_map, strength
 from xaibatch.results.report_figure import Material, data_url, thumbnail
 from xaibatch.results.report_images import StoredMap
-from xaibatch.seeding import keyed_generator
-
-
-def listed_images(image_ids: Sequence[str], first: Sequence[str], limit: int, seed: int) -> list[str]:
-    """At most `limit` images: those of `first`, then a seeded sample of the others; in the order of `image_ids`."""
-    if len(image_ids) <= limit:
-        return list(image_ids)
-    leading = list(dict.fromkeys(first))[:limit]
-    others = sorted(set(image_ids) - set(leading))
-    drawn = keyed_generator(seed, "", "report").permutation(len(others))[: limit - len(leading)]
-    chosen = {*leading, *(others[k] for k in drawn)}
-    return [image_id for image_id in image_ids if image_id in chosen]
 
 
 def browser_json(
@@ -103,13 +91,3 @@ def _rounded(value: float) -> float | None:
 
 def _three(grey_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(grey_HW[..., None], 3, axis=-1)
-
-
-def probabilities_of(rows: Sequence[Mapping[str, object]], class_names: Sequence[str]) -> dict[str, float]:
-    """Probability of the predicted class by image id, from rows of `predictions`."""
-    found = {}
-    for row in rows:
-        values, name = row["probabilities"], row["predicted"]
-        if isinstance(values, list) and name in class_names:
-            found[str(row["image_id"])] = float(values[list(class_names).index(str(name))])
-    return found

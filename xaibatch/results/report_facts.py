@@ -14,8 +14,8 @@ def notices(run: Run, cube: ScoreCube) -> Iterator[str]:
     record = run.record
     if is_synthetic(record):
         yield (
-            "The images are synthetic: rendered radiographs with simulated lesions. Intervals and p-values speak of the "
-            "generator of images, not of patients."
+            "The images are synthetic: rendered radiographs with simulated lesions. Intervals and p-values speak of "
+            "the generator of images, not of patients."
         )
     status = record.get("status")
     if status not in (None, "finished"):
@@ -28,8 +28,8 @@ def notices(run: Run, cube: ScoreCube) -> Iterator[str]:
         yield f"{failed:,} {'entry' if failed == 1 else 'entries'} in the list of failures, below under “What was run”."
     if not cube.num_patients:
         yield (
-            "Patients are unknown: images are resampled as if each were another patient. If they are not, the intervals "
-            "are too narrow."
+            "Patients are unknown: images are resampled as if each were another patient. If they are not, the "
+            "intervals are too narrow."
         )
     if floor_explainer(cube.explainers, record) is None:
         yield "The run has no random map, so there is no floor that scores could be compared with."

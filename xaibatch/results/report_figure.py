@@ -6,7 +6,7 @@ Shape letters: H W pixels.
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from xaibatch.results.report_images import Picture, StoredMap
 from xaibatch.results.report_tables import number
 
 PREFERRED_MASKS = ("lesion", "infection", "lung")
-"""Which mask is outlined where an image has several: the first of these, else the first by name."""
+"""Which mask is outlined in all pictures: the first of these that any image has, else the first by name."""
 
 _BLANK = 0.12
 """Grey under a map whose radiograph cannot be had."""
@@ -56,7 +56,8 @@ class TileGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """Everything that tiles are made of; `probabilities` is the predicted class's, by image id."""
+    """Everything that tiles are made of. probabilities: the predicted class's, by image id; outline: name of the mask
+    that is outlined, None for none."""
 
     cube: ScoreCube
     pictures: Mapping[str, Picture]
@@ -64,6 +65,7 @@ class Material:
     probabilities: Mapping[str, float]
     titles: Mapping[str, str]
     signed: Mapping[str, bool]
+    outline: str | None = None
 
 
 def tile_grid(choice: Choice, material: Material, *, max_metrics: int = 4) -> TileGrid:
@@ -79,13 +81,14 @@ def tile_grid(choice: Choice, material: Material, *, max_metrics: int = 4) -> Ti
         rows.append(TileRow(title=material.titles[explainer], tiles=tiles))
     shown = material.cube.metrics[: len(letters)]
     legend = ", ".join(f"{letter} {m.title} {m.arrow}".strip() for letter, m in zip(letters, shown, strict=True))
-    outlines = {_mask_name(material.pictures[i]) for i in choice.image_ids if i in material.pictures} - {None}
-    if outlines:
-        legend += f"; green outline: {', '.join(sorted(str(name) for name in outlines))} mask"
+    if any(_has_outline(i, material) for i in choice.image_ids):
+        legend += f"; green outline: {material.outline} mask"
     return TileGrid(
         title=choice.title,
         rule=choice.rule,
-        heads=tuple(_head(i, remark, material) for i, remark in zip(choice.image_ids, choice.remarks, strict=True)),
+        heads=tuple(
+            head_lines(i, remark, material) for i, remark in zip(choice.image_ids, choice.remarks, strict=True)
+        ),
         rows=tuple(row for row in rows if any(row.tiles)),
         legend=legend,
     )
@@ -123,14 +126,16 @@ def thumbnail(grey_HW: NDArray[np.floating], side: int) -> NDArray[np.uint8]:
     return np.asarray(image)
 
 
-def _head(image_id: str, remark: str, material: Material) -> tuple[str, ...]:
+def head_lines(image_id: str, remark: str, material: Material) -> tuple[str, ...]:
+    """What stands above an image's column: remark, true class, predicted class with its probability, name."""
     cube = material.cube
     row = cube.image_ids.index(image_id)
     label, predicted = cube.labels_I[row], cube.predicted_I[row]
     p = material.probabilities.get(image_id)
-    said = f"{predicted}" + (f" (p = {p:.2f})" if p is not None else "")
     outcome = "" if label is None else " ✓" if label == predicted else " ✗"
-    lines = [str(label) if label is not None else "no label", f"predicted {said}{outcome}", _short(image_id)]
+    lines = [str(label) if label is not None else "no label", f"predicted {predicted}{outcome}"]
+    lines += [f"p = {p:.2f}"] if p is not None else []
+    lines.append(_short(image_id))
     return tuple([remark, *lines] if remark else lines)
 
 
@@ -139,41 +144,67 @@ def _short(image_id: str, length: int = 26) -> str:
     return name if len(name) <= length else f"{name[: length - 9]}…{name[-8:]}"
 
 
-def _radiograph(image_id: str, material: Material) -> Tile | None:
+def radiograph_rgb(image_id: str, material: Material) -> NDArray[np.uint8] | None:
+    """The radiograph, its mask outlined where it has one; None where its pixels cannot be had."""
     picture = material.pictures.get(image_id)
-    if picture is None:
-        return None
-    rgb = _grey_rgb(picture.grey_HW)
-    name = _mask_name(picture)
-    if name:
-        rgb = outlined(rgb, picture.masks[name], width=_width(rgb))
-    return Tile(source=data_url(rgb), alt=f"radiograph {image_id}" + (f", {name} mask outlined" if name else ""))
+    return None if picture is None else _with_outline(_grey_rgb(picture.grey_HW), image_id, material)
 
 
-def _twin(image_id: str, material: Material) -> Tile | None:
+def twin_rgb(image_id: str, material: Material) -> NDArray[np.uint8] | None:
+    """The lesion-free twin, None where there is none."""
     picture = material.pictures.get(image_id)
-    if picture is None or picture.twin_HW is None:
-        return None
-    return Tile(source=data_url(_grey_rgb(picture.twin_HW)), alt=f"lesion-free twin of {image_id}")
+    return None if picture is None or picture.twin_HW is None else _grey_rgb(picture.twin_HW)
 
 
-def _overlay(image_id: str, explainer: str, material: Material, letters: Sequence[str]) -> Tile | None:
+def overlay_rgb(image_id: str, explainer: str, material: Material) -> NDArray[np.uint8] | None:
+    """The explainer's map over the radiograph, or over black where its pixels cannot be had; None without a map."""
     stored = material.maps.get((image_id, explainer))
     if stored is None:
         return None
     picture = material.pictures.get(image_id)
     grey_HW = picture.grey_HW if picture else np.full((224, 224), _BLANK, np.float32)
     rgb = composite(grey_HW, stored.grid_hw, signed=material.signed[explainer])
-    name = _mask_name(picture) if picture else None
-    if picture and name:
-        rgb = outlined(rgb, picture.masks[name], width=_width(rgb))
+    return _with_outline(rgb, image_id, material)
+
+
+def _radiograph(image_id: str, material: Material) -> Tile | None:
+    rgb = radiograph_rgb(image_id, material)
+    if rgb is None:
+        return None
+    remark = f", {material.outline} mask outlined" if _has_outline(image_id, material) else ""
+    return Tile(source=data_url(rgb), alt=f"radiograph {image_id}{remark}")
+
+
+def _twin(image_id: str, material: Material) -> Tile | None:
+    rgb = twin_rgb(image_id, material)
+    return None if rgb is None else Tile(source=data_url(rgb), alt=f"lesion-free twin of {image_id}")
+
+
+def _overlay(image_id: str, explainer: str, material: Material, letters: Sequence[str]) -> Tile | None:
+    rgb = overlay_rgb(image_id, explainer, material)
+    if rgb is None:
+        return None
+    stored = material.maps[image_id, explainer]
     problem = strength(stored.grid_hw)[1]
-    lines = (problem,) if problem else ()
     alt = f"{material.titles[explainer]} for {stored.target} on {image_id}"
-    return Tile(source=data_url(rgb), alt=alt, lines=(*lines, *_scores(image_id, explainer, material, letters)))
+    lines = ((problem,) if problem else ()) + score_lines(image_id, explainer, material, letters)
+    return Tile(source=data_url(rgb), alt=alt, lines=lines)
 
 
-def _scores(image_id: str, explainer: str, material: Material, letters: Sequence[str]) -> tuple[str, ...]:
+def _has_outline(image_id: str, material: Material) -> bool:
+    picture = material.pictures.get(image_id)
+    return picture is not None and material.outline in picture.masks
+
+
+def _with_outline(rgb_HW3: NDArray[np.uint8], image_id: str, material: Material) -> NDArray[np.uint8]:
+    """The chosen mask outlined, one pixel wide for each 160 of the picture's height."""
+    if material.outline is None or not _has_outline(image_id, material):
+        return rgb_HW3
+    mask_HW = material.pictures[image_id].masks[material.outline]
+    return outlined(rgb_HW3, mask_HW, width=max(1, round(rgb_HW3.shape[0] / 160)))
+
+
+def score_lines(image_id: str, explainer: str, material: Material, letters: Sequence[str]) -> tuple[str, ...]:
     """Two scores a line, each behind its metric's letter."""
     cube = material.cube
     means_EMI = cube.image_means()
@@ -187,14 +218,11 @@ def _scores(image_id: str, explainer: str, material: Material, letters: Sequence
     return tuple("  ".join(texts[k : k + 2]) for k in range(0, len(texts), 2))
 
 
-def _mask_name(picture: Picture) -> str | None:
-    return next((name for name in PREFERRED_MASKS if name in picture.masks), next(iter(sorted(picture.masks)), None))
+def outline_of(pictures: Iterable[Picture]) -> str | None:
+    """Name of the mask to outline, None where no picture has any that is not empty."""
+    names = {name for picture in pictures for name, mask_HW in picture.masks.items() if mask_HW.any()}
+    return next((name for name in PREFERRED_MASKS if name in names), min(names, default=None))
 
 
 def _grey_rgb(grey_HW: NDArray[np.floating]) -> NDArray[np.uint8]:
     return np.repeat(np.round(np.clip(grey_HW, 0, 1) * 255).astype(np.uint8)[..., None], 3, axis=-1)
-
-
-def _width(rgb_HW3: NDArray[np.uint8]) -> int:
-    """Outline width in pixels: one for each 160 of the picture's height."""
-    return max(1, round(rgb_HW3.shape[0] / 160))

@@ -1,0 +1,209 @@
+"""A run in, files for a paper out: tables as CSV, Parquet and LaTeX (booktabs), figures as PDF and PNG."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from xaibatch.results import figures
+from xaibatch.results.cube import Group
+from xaibatch.results.figures_images import picture_figure
+from xaibatch.results.frames import open_run
+from xaibatch.results.report_gallery import ReportOptions, make_gallery
+from xaibatch.results.statistics import Summary
+from xaibatch.results.study import Study, make_study
+from xaibatch.results.summary import column_digits
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
+    "†": r"$^\dagger$", "‡": r"$^\ddagger$", "−": "$-$", "–": "--",
+}  # fmt: skip
+
+
+def export(url: str, output: str | Path, *, dots_per_inch: int = 300) -> list[Path]:
+    """Write everything into the folder `output`; returns the files, sorted. Figures need no display.
+
+    Tables: `scores` (every row, Parquet), `summary` (by group, explainer, metric), `pairs`, `ranks`, `noise` (CSV and
+    Parquet), `table.tex` and `pairs.tex`. Figures: intervals, distributions, ranks, critical differences and pictures.
+    Raises RunFolderError as a report does.
+    """
+    run = open_run(url)
+    made = make_study(run)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "scores.parquet", folder / "table.tex", folder / "pairs.tex"]
+    pq.write_table(run.scores.arrow(), written[0], compression="zstd")
+    written[1].write_text(latex_scores(made), "utf-8")
+    written[2].write_text(latex_pairs(made), "utf-8")
+    for name, rows in (
+        ("summary", list(summary_rows(made))),
+        ("pairs", list(pair_rows(made))),
+        ("ranks", list(rank_rows(made))),
+        ("noise", list(noise_rows(made))),
+    ):
+        if rows:
+            table = pa.Table.from_pylist(rows)
+            pq.write_table(table, folder / f"{name}.parquet")
+            pacsv.write_csv(table, folder / f"{name}.csv")
+            written += [folder / f"{name}.parquet", folder / f"{name}.csv"]
+    gallery = make_gallery(run, made, ReportOptions(max_pixels=0))
+    for name, draw in _figures(made).items():
+        written += _save(draw(), folder / name, dots_per_inch)
+    for choice, name in zip(gallery.choices, ("figure", "cases", "disputed"), strict=False):
+        written += _save(picture_figure(choice, gallery.material), folder / name, dots_per_inch)
+    return sorted(written)
+
+
+def summary_rows(made: Study) -> Iterator[dict[str, Any]]:
+    """One row a group, explainer and metric; `mark` as in the printed table."""
+    for group in made.groups:
+        for (explainer, metric), s in made.summaries[group.title].items():
+            yield {
+                "group": group.kind,
+                "name": group.name,
+                "explainer": explainer,
+                "metric": metric,
+                "mean": _known(s.mean),
+                "median": _known(s.median),
+                "sd": _known(s.sd),
+                "standard_error": _known(s.standard_error),
+                "low": s.interval.low if s.interval else None,
+                "high": s.interval.high if s.interval else None,
+                "interval": s.interval.method if s.interval else None,
+                "num_scored": s.num_scored,
+                "num_not_scored": s.num_not_scored,
+                "num_patients": s.num_clusters,
+                "mark": made.marks[group.title].get((explainer, metric), ""),
+            }
+
+
+def pair_rows(made: Study) -> Iterator[dict[str, Any]]:
+    """One row a pair of explainers and metric: every field of `Comparison`."""
+    for (first, second, metric), c in made.pairs.items():
+        row = asdict(c)
+        interval = row.pop("interval") or {"low": None, "high": None, "method": None}
+        row |= {"low": interval["low"], "high": interval["high"], "interval": interval["method"]}
+        yield {"first": first, "second": second, "metric": metric, **{k: _known(v) for k, v in row.items()}}
+
+
+def rank_rows(made: Study) -> Iterator[dict[str, Any]]:
+    """One row a metric and explainer."""
+    for r in made.rankings:
+        for k, explainer in enumerate(r.explainers):
+            yield {
+                "metric": r.metric,
+                "explainer": explainer,
+                "mean_rank": r.mean_ranks[k],
+                "rank": r.ranks[k],
+                "rank_low": r.rank_low[k],
+                "rank_high": r.rank_high[k],
+                "probability_best": r.probability_best[k],
+                "critical_difference": r.critical_difference,
+                "friedman_p": r.friedman_p,
+                "num_images": r.num_images,
+                "num_patients": r.num_patients,
+            }
+
+
+def noise_rows(made: Study) -> Iterator[dict[str, Any]]:
+    """One row an explainer and metric, where the run has repeats."""
+    for (explainer, metric), share in made.noise.items():
+        yield {"explainer": explainer, "metric": metric, **asdict(share)}
+
+
+def latex_scores(made: Study) -> str:
+    """The study's table for `\\usepackage{booktabs}`: overall and by true class, intervals small beside the means."""
+    groups = [group for group in made.groups if group.kind in {"all", "label"}]
+    groups = groups[:1] if len(groups) == 2 else groups
+    cube = made.cube
+    head = " & ".join(["Explainer", *(latex(f"{m.title} {m.arrow}".strip()) for m in cube.metrics)])
+    lines = [f"\\begin{{tabular}}{{l{'r' * len(cube.metrics)}}}", "\\toprule", f"{head} \\\\"]
+    for group in groups:
+        title = f"{group.title} ({int(group.rows_I.sum())})"
+        lines += ["\\midrule", f"\\multicolumn{{{len(cube.metrics) + 1}}}{{l}}{{\\emph{{{latex(title)}}}}} \\\\"]
+        lines += [f"{latex(made.titles[e])} & {' & '.join(_latex_cells(made, group, e))} \\\\" for e in cube.explainers]
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def latex_pairs(made: Study) -> str:
+    """All pairs: difference with interval, effect size, corrected p-value, verdict."""
+    titles = {m.label: m.title for m in made.cube.metrics}
+    lines = [
+        "\\begin{tabular}{lllrrrl}",
+        "\\toprule",
+        "Metric & A & B & A $-$ B [95\\%] & $d$ & $p_\\mathrm{Holm}$ & A is \\\\",
+        "\\midrule",
+    ]
+    for (first, second, metric), c in made.pairs.items():
+        difference = f"{c.mean_difference:.4g}" + (
+            f" [{c.interval.low:.4g}, {c.interval.high:.4g}]" if c.interval else ""
+        )
+        p = "--" if c.p_holm is None else "$<$0.001" if c.p_holm < 0.001 else f"{c.p_holm:.3f}"
+        names = [latex(text) for text in (titles[metric], made.titles[first], made.titles[second])]
+        lines.append(
+            " & ".join([*names, latex(difference.replace("-", "−")), f"{c.effect_size:.2f}", p, c.verdict]) + " \\\\"
+        )
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def latex(text: str) -> str:
+    """Escape a text for LaTeX.
+
+    >>> latex("AUC_5% ↓")
+    'AUC\\\\_5\\\\% $\\\\downarrow$'
+    """
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def _latex_cells(made: Study, group: Group, explainer: str) -> list[str]:
+    cells = []
+    for metric in made.cube.metrics:
+        column: Sequence[Summary] = [made.summaries[group.title][e, metric.label] for e in made.cube.explainers]
+        digits = column_digits(column)
+        s = made.summaries[group.title][explainer, metric.label]
+        if not s.num_scored:
+            cells.append("--")
+            continue
+        text = f"{s.mean:.{digits}f}{made.marks[group.title].get((explainer, metric.label), '')}"
+        if s.interval:
+            text += f" [{s.interval.low:.{digits}f}, {s.interval.high:.{digits}f}]"
+        cells.append(latex(text.replace("-", "−")))
+    return cells
+
+
+def _figures(made: Study) -> Mapping[str, Callable[[], Figure]]:
+    cube, everything = made.cube, made.groups[0].title
+    by_metric = {metric.label: metric for metric in cube.metrics}
+    labels = [group for group in made.groups if group.kind == "label"]
+    drawn: dict[str, Callable[[], Figure]] = {
+        "intervals": lambda: figures.interval_figure(
+            cube, made.summaries[everything], made.marks[everything], made.floor, made.titles
+        )
+    }
+    if labels:
+        drawn["distributions"] = lambda: figures.distribution_figure(cube, labels, made.titles, made.floor)
+    if made.rankings:
+        drawn["ranks"] = lambda: figures.rank_figure(made.rankings, by_metric, made.titles)
+        drawn["critical_differences"] = lambda: figures.critical_difference_figure(
+            made.rankings, by_metric, made.titles
+        )
+    return drawn
+
+
+def _save(figure: Figure, stem: Path, dots_per_inch: int) -> list[Path]:
+    paths = [stem.with_suffix(".pdf"), stem.with_suffix(".png")]
+    for path in paths:
+        metadata = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
+        figure.savefig(path, dpi=dots_per_inch, metadata=metadata)
+    return paths
+
+
+def _known(value: Any) -> Any:
+    """Undefined numbers as null, so that every reader sees them as missing."""
+    return None if isinstance(value, float) and value != value else value

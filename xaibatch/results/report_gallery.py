@@ -1,0 +1,96 @@
+"""A run and its study in, the chosen images with their pixels and maps out: what report and export show."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from xaibatch.options import Options
+from xaibatch.results.frames import Run
+from xaibatch.results.report_choice import Choice, best_and_worst, disagreements, typical
+from xaibatch.results.report_figure import Material, outline_of
+from xaibatch.results.report_images import load_maps, load_pictures
+from xaibatch.results.study import Study
+from xaibatch.seeding import keyed_generator
+
+
+class ReportOptions(Options):
+    """How much a report shows."""
+
+    num_typical: int = Field(default=6, ge=1)
+    """Columns of the figure, shared out evenly over the classes."""
+
+    num_extreme: int = Field(default=3, ge=1)
+    """Best cases, and as many worst ones."""
+
+    num_disputed: int = Field(default=6, ge=0)
+    """Images on which explainers disagree."""
+
+    max_pixels: int = Field(default=200, ge=0)
+    """Images whose pixels are embedded for the browser; more make the file heavy."""
+
+    max_listed: int = Field(default=2000, ge=1)
+    """Images that the browser lists, with scores and maps."""
+
+    thumbnail: int = Field(default=160, ge=32)
+    """Longer side of an embedded radiograph in the browser, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """choices: typical images first, then extreme and disputed ones, none empty; listed: ids in the browser;
+    with_pixels: those of them whose pixels are embedded; notes: what the reader must know about missing pixels."""
+
+    choices: tuple[Choice, ...]
+    material: Material
+    listed: tuple[str, ...]
+    with_pixels: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def make_gallery(run: Run, made: Study, options: ReportOptions) -> Gallery:
+    """Choose the images, read their pixels again and their maps from the run."""
+    cube = made.cube
+    choices = [typical(cube, options.num_typical, made.floor), best_and_worst(cube, options.num_extreme, made.floor)]
+    leading = [i for choice in choices if choice for i in choice.image_ids]
+    listed = listed_images(cube.image_ids, leading, options.max_listed, made.seed)
+    maps = load_maps(run, listed)
+    choices.append(disagreements(cube, maps, options.num_disputed, made.floor))
+    kept = tuple(choice for choice in choices if choice is not None and choice.image_ids)
+    shown = list(dict.fromkeys(i for choice in kept for i in choice.image_ids))
+    with_pixels = listed_images(listed, shown, options.max_pixels, made.seed)
+    pictures = load_pictures(run, [*shown, *with_pixels])
+    rows = run.predictions.arrow(["image_id", "predicted", "probabilities"]).to_pylist()
+    material = Material(
+        cube=cube,
+        pictures=pictures.found,
+        maps=maps,
+        probabilities=probabilities_of(rows, tuple(run.record.get("model", {}).get("class_names", ()))),
+        titles=made.titles,
+        signed=made.signed,
+        outline=outline_of(pictures.found.values()),
+    )
+    return Gallery(
+        choices=kept, material=material, listed=tuple(listed), with_pixels=tuple(with_pixels), notes=pictures.notes
+    )
+
+
+def listed_images(image_ids: Sequence[str], first: Sequence[str], limit: int, seed: int) -> list[str]:
+    """At most `limit` images: those of `first`, then a seeded sample of the others; in the order of `image_ids`."""
+    if len(image_ids) <= limit:
+        return list(image_ids)
+    leading = list(dict.fromkeys(first))[:limit]
+    others = sorted(set(image_ids) - set(leading))
+    drawn = keyed_generator(seed, "", "report").permutation(len(others))[: limit - len(leading)]
+    chosen = {*leading, *(others[k] for k in drawn)}
+    return [image_id for image_id in image_ids if image_id in chosen]
+
+
+def probabilities_of(rows: Sequence[Mapping[str, object]], class_names: Sequence[str]) -> dict[str, float]:
+    """Probability of the predicted class by image id, from rows of `predictions`."""
+    found = {}
+    for row in rows:
+        values, name = row["probabilities"], row["predicted"]
+        if isinstance(values, list) and name in class_names:
+            found[str(row["image_id"])] = float(values[list(class_names).index(str(name))])
+    return found
