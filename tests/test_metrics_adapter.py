@@ -203,7 +203,7 @@ def test_a_changed_prediction_is_told_apart() -> None:
     assert CHANGED_PREDICTION in [outcome.status for outcome in outcomes_of(metric, bench)]
 
 
-def test_nothing_global_is_left_changed() -> None:
+def test_nothing_global_is_left_changed_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     bench = Bench(num=1)
     np.random.seed(5)  # noqa: NPY002
     torch.manual_seed(5)
@@ -212,11 +212,13 @@ def test_nothing_global_is_left_changed() -> None:
     maps, x = bench.maps.copy(), bench.x.copy()
     outcomes_of(resolve_metric("quantus:FaithfulnessCorrelation")(nr_runs=3), bench)
     outcomes_of(resolve_metric("quantus:Sparseness")(normalise=False, abs=False), bench)
+    outcomes_of(resolve_metric("quantus:ModelParameterRandomisation")(), bench)
     np.testing.assert_array_equal(np.random.random(3), expected)  # noqa: NPY002
     assert torch.equal(torch.random.get_rng_state(), torch_state)
     assert set(vars(np)) == numpy_names
     np.testing.assert_array_equal(bench.maps, maps)
     np.testing.assert_array_equal(bench.x, x)
+    assert capsys.readouterr().out == ""
 
 
 def test_an_explainer_with_random_numbers_gets_a_new_key_for_every_call() -> None:

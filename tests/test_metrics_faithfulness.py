@@ -250,6 +250,22 @@ def test_pixel_flipping_equals_quantus(kind: str, rows: tuple[int, ...], baselin
         near(bench.native(metric, row), np.trapezoid(curve) / (len(curve) - 1))
 
 
+def test_the_mean_baseline_is_that_of_the_unchanged_image() -> None:
+    """Quantus takes it anew from the copy as changed so far, so its removed entries have many colours."""
+    bench = Bench(num=1, kind="tokens")
+    metric = METRICS["pixel_flipping"](features_in_step=64, baseline="mean", auc="steps")
+    number = float(bench.x[0].astype(np.float64).mean())
+    with stable_sorting():
+        running = bench.quantus(
+            "PixelFlipping", features_in_step=64, perturb_baseline="mean", return_auc_per_sample=True
+        )
+        frozen = bench.quantus(
+            "PixelFlipping", features_in_step=64, perturb_baseline=number, return_auc_per_sample=True
+        )
+    near(bench.native(metric, 0), frozen[0], 1e-4)
+    assert abs(running[0] - frozen[0]) > 1e-3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [(1,), (0, 1, 2)])
 def test_faithfulness_estimate_equals_quantus(kind: str, rows: tuple[int, ...]) -> None:
@@ -301,6 +317,15 @@ def test_sensitivity_n_has_the_sums_and_drops_of_quantus(kind: str) -> None:
         else:
             assert status_of(lambda row=row: bench.native(metric, row)) == ZERO_DENOMINATOR
     assert len(across) == last != 3
+
+
+def test_monotonicity_of_quantus_fails_where_some_outputs_of_a_batch_are_small() -> None:
+    bench = Bench(num=3)
+    probability = np.exp(bench.logits) / np.exp(bench.logits).sum(1, keepdims=True)
+    eps = float(np.median(probability[np.arange(3), bench.y]))
+    with pytest.raises(ValueError, match="assign"):
+        bench.quantus("MonotonicityCorrelation", features_in_step=256, nr_samples=2, eps=eps)
+    assert all(np.isfinite(bench.natives(METRICS["monotonicity"](features_in_step=256, num_samples=2, eps=eps))))
 
 
 def test_sensitivity_n_of_the_paper_equals_a_slow_rewrite() -> None:
@@ -362,6 +387,29 @@ def test_region_perturbation_equals_quantus(kind: str, patch: int, order: str) -
     for row in range(3):
         plan = metric.plan(bench.view(row))
         near(metric.curve(bench.view(row), bench.run(row, plan)), theirs[row])
+
+
+def test_a_large_region_perturbation_is_a_large_drop() -> None:
+    """Quantus measures the drop and declares that lower is better."""
+    import quantus
+
+    assert quantus.RegionPerturbation.score_direction.value == "lower"
+    bench = Bench(num=1)
+    weights = np.zeros((32, 32))
+    weights[:8, :8] = 1
+    bench.maps = weights[None].astype(np.float32)
+    bench.x[0] = np.where(weights, 2.0, 0.5)
+    bench.x[0, :, -1, -1] = 0
+
+    def forward(x: Any) -> Any:
+        seen = (x.double() * x.new_tensor(weights)).mean((1, 2, 3)) * 40
+        return seen[:, None] * x.new_tensor([1.0, 0.0, 0.0]).double()
+
+    bench.model.forward = forward  # type: ignore[method-assign]
+    bench.logits, bench.y = bench.forward(bench.x), np.array([0])
+    morf, lerf = (bench.native(METRICS["region_perturbation"](order=order), 0) for order in ("morf", "lerf"))
+    assert morf > lerf + 0.3
+    assert METRICS["region_perturbation"].higher_is_better
 
 
 def test_region_perturbation_in_random_order_equals_quantus_given_the_permutation() -> None:
@@ -478,6 +526,13 @@ def test_infidelity_equals_quantus(kind: str, baseline: Any) -> None:
     bench = Bench(kind=kind)
     theirs = bench.quantus("Infidelity", perturb_patch_sizes=[8], n_perturb_samples=2, perturb_baseline=baseline)
     near(bench.natives(METRICS["infidelity"](patch_size=8, baseline=baseline)), theirs, 1e-4)
+
+
+def test_infidelity_of_quantus_fails_where_the_square_does_not_divide_the_image() -> None:
+    bench = Bench(num=1)
+    with pytest.raises((ValueError, IndexError)):
+        bench.quantus("Infidelity", perturb_patch_sizes=[7], n_perturb_samples=1)
+    assert np.isfinite(bench.native(METRICS["infidelity"](patch_size=7), 0))
 
 
 def test_infidelity_of_the_paper_removes_each_square_alone() -> None:

@@ -201,6 +201,10 @@ def test_quantus_scores_a_map_of_nan_and_refuses_a_map_of_zeros(golden_small: An
     bench.maps = np.full((1, 32, 32), np.nan, np.float32)
     bench.maps[0, 0, 0] = 1
     assert bench.quantus("EffectiveComplexity") == [0]
+    among_others = Bench(num=2, kind="tokens")
+    among_others.maps[1] = 0
+    assert among_others.quantus("EffectiveComplexity")[1] == 0
+    assert status_of(lambda: among_others.native(METRICS["effective_complexity"](), 1)) == ALL_ZERO_MAP
 
 
 @pytest.mark.parametrize("name", MAP_METRICS)

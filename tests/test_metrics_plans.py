@@ -139,6 +139,13 @@ def test_the_announced_copies_are_the_copies_of_the_plan(name: str) -> None:
     assert ("shared" in metric.cost()) == shared
 
 
+def test_needs_follow_the_options() -> None:
+    assert METRICS["infidelity"]().needs == {"image", "label"}
+    assert METRICS["infidelity"](scored_class="predicted").needs == {"image"}
+    assert METRICS["deletion_auc"]().needs == frozenset()
+    assert METRICS["counterfactual_response"]().needs == {"image", "twin"}
+
+
 def test_costs_are_said_in_words() -> None:
     assert METRICS["faithfulness_correlation"]().cost() == "100 forward passes, shared by all explainers"
     assert METRICS["pixel_flipping"]().cost() == "196 forward passes per explainer"

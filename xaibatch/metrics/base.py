@@ -197,6 +197,11 @@ class PlanMetric(Metric):
     plan_uses_map: bool = True
     """False: one plan serves all explainers. An instance may differ from its class where an option decides."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if getattr(self.options, "scored_class", None) == "label":
+            self.needs = self.needs | {"label"}
+
     def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
         """How many copies of an image of this shape the plan runs, for the estimate before a run."""
         return 0

@@ -5,10 +5,11 @@ pixels, K classes.
 """
 
 import inspect
+import io
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -220,11 +221,12 @@ def _refused(
 
 def _called(metric: QuantusMetric, call: dict[str, Any], key: DrawKey, num_classes: int | None) -> list[Outcome]:
     num_images = len(call["x_batch"])
-    quantus_object = metric.build(num_classes)
+    with redirect_stdout(io.StringIO()):  # Quantus prints advice
+        quantus_object = metric.build(num_classes)
     if metric.facts.smooths:
         quantus_object.explain_smooth_batch_numpy = _smoothed(quantus_object, call["explain_func"])
     try:
-        with _own_draws(key), _removed_numpy_names(), warnings.catch_warnings():
+        with _own_draws(key), _removed_numpy_names(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             result = quantus_object(**call)
     except Exception as error:  # Quantus raises whatever its NumPy does; every image gets its row

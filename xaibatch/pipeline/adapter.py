@@ -3,7 +3,7 @@
 The answering side is a `Session` or a stand-in for a replica with the same two methods.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,19 +33,17 @@ def score_adapter(
     explained: ShardExplanations,
     batch: ImageBatch,
     session: Answering,
-    with_model: Callable[[Any], Answering] | None = None,
-    load_model: Callable[[], Any] | None = None,
 ) -> tuple[Score, ...]:
     """Score one explainer's maps of a shard with one adapter metric.
 
-    with_model: from a changed model to something that explains it; load_model: the classifier itself. Both only for
-    metrics that need weights or hidden layers.
+    Metrics that need weights or hidden layers load the model in this process, on the CPU, and explain it here too.
     """
     (label,), explainer = group.metrics, group.explainer
     metric = job.metrics[label]
     assert isinstance(metric, QuantusMetric)
     assert explainer is not None
     size = (explained.shape_CHW[1], explained.shape_CHW[2])
+    changed = _ChangedModels(job)
     scores = []
     for repeat in range(job.config.repeats):
         map_repeat = job.map_repeat(explainer, repeat)
@@ -58,7 +56,7 @@ def score_adapter(
         rows = [row for row, outcome in enumerate(outcomes) if outcome is None]
 
         def explain(images: Any, targets: Any, keys: Any, model: Any) -> NDArray[np.floating]:
-            answering = session if model is None or with_model is None else with_model(model)
+            answering = session if model is None else changed.session(model)
             native = answering.explain_images(explainer, images, [int(k) for k in targets], keys)
             return np.stack([pixel_map(map_hw, size, job.config.maps) for map_hw in native])
 
@@ -71,7 +69,7 @@ def score_adapter(
                 keys=[job.key(explained.ids[row], repeat) for row in rows],
                 predict=session.forward,
                 explain=explain,
-                load_model=load_model,
+                load_model=changed.original,
                 masks={name: mask_BHW[rows] for name, mask_BHW in batch.masks.items()},
                 num_classes=explained.logits_BK.shape[1],
             )
@@ -86,6 +84,29 @@ def score_adapter(
                 )
             )  # fmt: skip
     return tuple(scores)
+
+
+class _ChangedModels:
+    """The configured model, and sessions that explain copies of it with other weights."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._model: Any = None
+        self._session: Answering | None = None
+
+    def original(self) -> Any:
+        """The configured model, loaded in this process."""
+        from xaibatch.pipeline.facts import configured_model
+
+        return configured_model(self._job.config, self._job.class_names)
+
+    def session(self, model: Any) -> Answering:
+        """What explains this model. Quantus changes one object's weights again and again: its session is kept."""
+        if self._session is None or model is not self._model:
+            from xaibatch.pipeline.session import Session
+
+            self._model, self._session = model, Session(self._job, model=model)
+        return self._session
 
 
 def _classes(metric: QuantusMetric, explained: ShardExplanations, targets_B: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -58,4 +58,5 @@ def _group_size(job: Job, group: MetricGroup) -> tuple[int, int]:
     metric = job.metrics[group.metrics[0]]
     if isinstance(metric, VariantMetric):
         return metric.num_variants(), 0
-    return 0, metric.num_forward_passes(len(job.config.explainers))
+    shape_CHW = (job.preprocessing.channels, *job.preprocessing.image_size)
+    return 0, metric.num_forward_passes(len(job.config.explainers), shape_CHW, job.patch_size)
