@@ -192,6 +192,27 @@ def test_a_set_resumes_and_refuses_other_options(tmp_path, phantom, monkeypatch)
         dataset.simulate(tmp_path, 0, 9, options)
 
 
+def test_ray_makes_the_same_files(tmp_path, phantom, monkeypatch):
+    import ray
+
+    from xaibatch.cluster import simulate as on_ray
+
+    monkeypatch.setattr(dataset, "load_volume", lambda cache: phantom)
+    monkeypatch.setattr(on_ray, "load_volume", lambda cache: phantom)
+    options = SimulationOptions(size=SIZE)
+    plain = dataset.simulate(tmp_path / "plain", 3, 9, options).parent
+    done = []
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        made = on_ray.simulate_on_ray(tmp_path / "ray", 3, 9, options, lambda at, of: done.append((at, of))).parent
+    finally:
+        ray.shutdown()
+    assert done[-1] == (3, 3)
+    files = sorted(path.relative_to(plain) for path in plain.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
+    assert all((plain / name).read_bytes() == (made / name).read_bytes() for name in files)
+
+
 def test_the_manifest_opens_as_a_data_set(tmp_path, phantom, monkeypatch):
     from xaibatch.data.dataset import open_dataset
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from xaibatch.training.checkpoint import write_bytes
 
@@ -31,6 +32,7 @@ def draw_learning_curve(history: Sequence[Mapping[str, Any]], path: Path) -> Non
     )  # fmt: skip
     scores.set(xlabel="epoch", ylim=(0, 1.02))
     for axes in (losses, scores):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, frameon=False)
     stream = io.BytesIO()
