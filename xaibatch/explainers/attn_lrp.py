@@ -13,7 +13,8 @@ gradient-times-input form: the logit is propagated back with changed gradients; 
 
 Deviation: LayerScale is folded into the linear layer before it, so that the gamma rule sees one layer.
 
-Shape letters: B images, P patches, N tokens, D width, I values of a patch, g v grid, H W pixels, O outputs of a layer.
+Shape letters: B images, P patches, N tokens, D width, I values of a patch, g v grid, H W pixels; in the rule of
+a layer O I its outputs and inputs, N images and tokens together.
 """
 
 from collections.abc import Callable
@@ -96,17 +97,19 @@ def gamma_rule(layer: Affine, x: Tensor, y: Tensor, g: Tensor, gamma: float) -> 
     y(1 + γ/2) ± γ/2 (|x||W| + |b|), with y's sign, and the relevance is x (1 + γ/2) (s W) + γ/2 |x| (s sign(y) |W|) for
     s = R over it: three products. Denominator and input are stabilised by OUTPUT_STABILISER and INPUT_STABILISER.
     """
-    size, magnitude = y.abs(), x.abs()
+    x_NI, y_NO, g_NO = (t.flatten(0, -2) for t in (x, y, g))
+    size, magnitude = y_NO.abs(), x_NI.abs()
     bias = OUTPUT_STABILISER if layer.bias_O is None else layer.bias_O.abs() * (gamma / 2) + OUTPUT_STABILISER
     denominator = (size * (1 + gamma / 2)).add_(bias)
     if not gamma:
-        return (size.mul_(g).div_(denominator) @ layer.weight_OI).mul_(magnitude).div_(magnitude + INPUT_STABILISER)
+        relevance = torch.mm(size.mul_(g_NO).div_(denominator), layer.weight_OI).mul_(magnitude)
+        return relevance.div_(magnitude.add_(INPUT_STABILISER)).view_as(x)
     absolute = layer.weight_OI.abs()
-    denominator.flatten(0, -2).addmm_(magnitude.flatten(0, -2), absolute.t(), alpha=gamma / 2)
-    share = torch.div(g, denominator, out=denominator)
-    relevance = (size.mul_(share).mul_(1 + gamma / 2) @ layer.weight_OI).mul_(magnitude)
-    relevance.addcmul_(share.mul_(y) @ absolute, x, value=gamma / 2)
-    return relevance.div_(magnitude.add_(INPUT_STABILISER))
+    denominator.addmm_(magnitude, absolute.t(), alpha=gamma / 2)
+    share = torch.div(g_NO, denominator, out=denominator)
+    relevance = torch.mm(size.mul_(share).mul_(1 + gamma / 2), layer.weight_OI).mul_(magnitude)
+    relevance.addcmul_(torch.mm(share.mul_(y_NO), absolute), x_NI, value=gamma / 2)
+    return relevance.div_(magnitude.add_(INPUT_STABILISER)).view_as(x)
 
 
 @EXPLAINERS.register("attn_lrp")

@@ -1,8 +1,8 @@
 """GradCAM for a ViT: a trace in, the last block's normalised features weighted by their mean gradient out.
 
-Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", ICCV 2017, eq. 1-2, on
-the patch tokens at the output of the last block's first norm, the layer that is customary for ViTs (after it, the
-class token alone carries the gradient). Class and register tokens are left out.
+Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", ICCV 2017,
+eq. 1-2, on the patch tokens at the output of the last block's first norm, the layer that is customary for ViTs (after
+it, the class token alone carries the gradient). Class and register tokens are left out.
 
 Shape letters: B images, P patches, D channels, g v grid.
 """

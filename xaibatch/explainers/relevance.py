@@ -7,8 +7,8 @@ sums over a whole tensor (the Add rule), the sum here is per image.
 Every division is the reference's guarded one: R / (z + 1e-9) where z is not zero, and 0 where it is (its
 `clamp(min) + clamp(max)` is z + 1e-9 for either sign of z).
 
-Shape letters: B images, P patches, O I outputs and inputs of a layer; x, y, r without suffix are (B,tokens,width)
-or, at the head, (B,width).
+Shape letters: B images, P patches, O I outputs and inputs of a layer; N images and tokens together; x, y, r without
+suffix are (B,tokens,width) or, at the head, (B,width).
 """
 
 import torch
@@ -35,25 +35,26 @@ def linear_relevance(layer: Affine, x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     S' = r / (xW + |x||W|), which is equal (x⁺W⁺ + x⁻W⁻ = ½(xW + |x||W|)) and takes three products instead of eight.
     An output with no positive contribution passes nothing on.
     """
-    absolute, magnitude = layer.weight_OI.abs(), x.abs()
+    x_NI, y_NO, r_NO = (t.flatten(0, -2) for t in (x, y, r))
+    absolute, magnitude = layer.weight_OI.abs(), x_NI.abs()
     shift = 2 * GUARD if layer.bias_O is None else 2 * GUARD - layer.bias_O
-    denominator = (y + shift).flatten(0, -2).addmm_(magnitude.flatten(0, -2), absolute.t())
-    s = r / torch.threshold_(denominator, 2 * GUARD, torch.inf).view_as(r)
-    return (s @ layer.weight_OI).mul_(x).addcmul_(s @ absolute, magnitude)
+    denominator = (y_NO + shift).addmm_(magnitude, absolute.t())
+    s = torch.div(r_NO, torch.threshold_(denominator, 2 * GUARD, torch.inf), out=denominator)
+    return torch.mm(s, layer.weight_OI).mul_(x_NI).addcmul_(torch.mm(s, absolute), magnitude).view_as(x)
 
 
 def sum_relevance(x: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Rule of a residual sum x + y: each summand's share of r.
+    """Rule of a residual sum x + y, (B,tokens,width): each summand's share of r.
 
-    Rescaled so that the two totals split the image's whole relevance in proportion to their absolute totals.
+    Rescaled so that the two totals split the image's whole relevance in proportion to their absolute totals. (A share
+    whose total is zero has a zero numerator, so these guarded divisions need no mask.)
     """
     s = guarded_ratio(r, x + y)
-    shares = (x * s, s.mul_(y))
-    totals_2B = torch.stack([share.flatten(1).sum(1) for share in shares])
-    weights_2B = guarded_ratio(totals_2B.abs(), totals_2B.abs().sum(0).expand(2, -1))
-    scales_2B = guarded_ratio(weights_2B * r.flatten(1).sum(1), totals_2B)
-    first, second = (share.mul_(scale[:, None, None]) for share, scale in zip(shares, scales_2B, strict=True))
-    return first, second
+    a, b = x * s, s.mul_(y)
+    totals_2B11 = torch.stack([t.sum((1, 2), keepdim=True) for t in (a, b)])
+    sizes_2B11 = totals_2B11.abs()
+    factors = sizes_2B11 / (sizes_2B11.sum(0) + GUARD) * r.sum((1, 2), keepdim=True) / (totals_2B11 + GUARD)
+    return a.mul_(factors[0]), b.mul_(factors[1])
 
 
 def copy_relevance(x: Tensor, r: Tensor) -> Tensor:

@@ -61,8 +61,8 @@ class TransformerLRPOptions(Options):
     """First block of the product, for `transformer_attribution` and `rollout`."""
 
     precision: Literal["model", "float64"] = "model"
-    """Arithmetic: the model's own, or float64 on a copy of it (about twice the time and memory on a CPU). The rules divide
-    by sums and dot products that may be next to zero, so that in float32 single images can be off by any amount."""
+    """Arithmetic: the model's own, or float64 on a copy of it (about twice the time and memory on a CPU). The rules
+    divide by sums and dot products that may be next to zero: in float32 single images can be off by any amount."""
 
 
 @EXPLAINERS.register("transformer_lrp")
