@@ -3,10 +3,11 @@
 Shape letters: B images, C channels, H W pixels, S samples, M superpixels, K classes.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 
 from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
@@ -73,7 +74,7 @@ class Lime(Explainer):
             for segments_HW, key in zip(segments_B, inputs.keys, strict=True)
         ]
         logits = inputs.run_plans(list(enumerate(plans)))
-        maps: list[Any] = []
+        maps: list[NDArray[np.float64]] = []
         r2: list[float] = []
         for plan, logits_SK, target in zip(plans, logits, inputs.targets_B.tolist(), strict=True):
             fit = fit_local_model(plan.keep_SM, softmax(logits_SK), options.kernel_width)
