@@ -19,14 +19,14 @@ from tests.synthetic_run import CLASSES, EXPLAINERS, Design, make_run
 from xaibatch.errors import RunFolderError
 from xaibatch.maps import upsample
 from xaibatch.results import overlay
-from xaibatch.results.cube import score_cube
+from xaibatch.results.cube import MetricInfo, score_cube
 from xaibatch.results.figures import svg
 from xaibatch.results.frames import open_run
 from xaibatch.results.parts import RunFolder
 from xaibatch.results.report import write_report
 from xaibatch.results.report_browser import script_json
 from xaibatch.results.report_choice import best_and_worst, disagreements, typical
-from xaibatch.results.report_figure import metric_letters
+from xaibatch.results.report_figure import shown_metrics
 from xaibatch.results.report_gallery import ReportOptions, listed_images
 from xaibatch.results.report_images import load_maps, load_pictures
 from xaibatch.results.study import make_study
@@ -298,8 +298,18 @@ def test_a_run_without_scores_is_refused(tmp_path):
 
 
 def test_letters_tell_many_metrics_apart():
-    letters = metric_letters(["Pixel flipping", "Pixel focus", "Sparseness", "Sparseness"])
-    assert len(set(letters)) == 4
+    def metric(title, family):
+        return MetricInfo(label=title, title=title, higher_is_better=True, bounds=(0, 1), family=family)
+
+    metrics = [
+        metric("a", "faithfulness"),
+        metric("b", "faithfulness"),
+        metric("c", "complexity"),
+        metric("d", "robustness"),
+    ]
+    assert [m.letter for m in shown_metrics(metrics, 4)] == ["F1", "F2", "C", "S"]
+    assert [m.letter for m in shown_metrics(metrics, 3)] == ["F", "C", "S"]
+    assert [m.place for m in shown_metrics(metrics, 3)] == [0, 2, 3]
 
 
 # -- in a browser

@@ -7,6 +7,7 @@ Shape letters: E explainers, M metrics, I images, R repeats.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,11 @@ class ScoreCube:
         return len(self.image_ids)
 
     def image_means(self) -> NDArray[np.float64]:
-        """Mean over the scored repeats of each image, (E,M,I); NaN where none is scored."""
+        """Mean over the scored repeats of each image, (E,M,I); NaN where none is scored. Computed once."""
+        return self._means_EMI
+
+    @cached_property
+    def _means_EMI(self) -> NDArray[np.float64]:
         scored = np.isfinite(self.values_EMIR)
         count = scored.sum(-1)
         total = np.where(scored, self.values_EMIR, 0.0).sum(-1)

@@ -16,8 +16,8 @@ from xaibatch.results.figures_images import picture_figure
 from xaibatch.results.frames import open_run
 from xaibatch.results.report_gallery import ReportOptions, make_gallery
 from xaibatch.results.statistics import Summary
-from xaibatch.results.study import Study, make_study
-from xaibatch.results.summary import column_digits
+from xaibatch.results.study import Study, make_study, pairwise
+from xaibatch.results.summary import column_digits, counted
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -84,12 +84,15 @@ def summary_rows(made: Study) -> Iterator[dict[str, Any]]:
 
 
 def pair_rows(made: Study) -> Iterator[dict[str, Any]]:
-    """One row a pair of explainers and metric: every field of `Comparison`."""
-    for (first, second, metric), c in made.pairs.items():
-        row = asdict(c)
-        interval = row.pop("interval") or {"low": None, "high": None, "method": None}
-        row |= {"low": interval["low"], "high": interval["high"], "interval": interval["method"]}
-        yield {"first": first, "second": second, "metric": metric, **{k: _known(v) for k, v in row.items()}}
+    """One row a group of images, pair of explainers and metric: every field of `Comparison`. Each group is a family."""
+    for group in made.groups:
+        pairs = made.pairs if group.kind == "all" else pairwise(made.cube, group, seed=made.seed)
+        for (first, second, metric), c in pairs.items():
+            row = asdict(c)
+            interval = row.pop("interval") or {"low": None, "high": None, "method": None}
+            row |= {"low": interval["low"], "high": interval["high"], "interval": interval["method"]}
+            names = {"group": group.kind, "name": group.name, "first": first, "second": second, "metric": metric}
+            yield names | {k: _known(v) for k, v in row.items()}
 
 
 def rank_rows(made: Study) -> Iterator[dict[str, Any]]:
@@ -123,7 +126,12 @@ def latex_scores(made: Study) -> str:
     groups = groups[:1] if len(groups) == 2 else groups
     cube = made.cube
     head = " & ".join(["Explainer", *(latex(f"{m.title} {m.arrow}".strip()) for m in cube.metrics)])
-    lines = [f"\\begin{{tabular}}{{l{'r' * len(cube.metrics)}}}", "\\toprule", f"{head} \\\\"]
+    lines = [
+        f"% mean [95% interval], {counted(cube)}" + (", rendered images" if made.synthetic else ""),
+        f"\\begin{{tabular}}{{l{'r' * len(cube.metrics)}}}",
+        "\\toprule",
+        f"{head} \\\\",
+    ]
     for group in groups:
         title = f"{group.title} ({int(group.rows_I.sum())})"
         lines += ["\\midrule", f"\\multicolumn{{{len(cube.metrics) + 1}}}{{l}}{{\\emph{{{latex(title)}}}}} \\\\"]

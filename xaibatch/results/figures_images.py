@@ -11,10 +11,10 @@ from xaibatch.results.report_choice import Choice
 from xaibatch.results.report_figure import (
     Material,
     head_lines,
-    metric_letters,
     overlay_rgb,
     radiograph_rgb,
     score_lines,
+    shown_metrics,
     twin_rgb,
 )
 
@@ -26,14 +26,14 @@ Matplotlib takes most of a minute to lay out fifty panels by itself."""
 def picture_figure(choice: Choice, material: Material, *, max_metrics: int = 4) -> Figure:
     """The same rows and columns as the report's figure, scores under each overlay, a legend of their letters below."""
     cube = material.cube
-    letters = metric_letters([metric.title for metric in cube.metrics])[:max_metrics]
+    shown = shown_metrics(cube.metrics, max_metrics)
     rows: list[tuple[str, list[NDArray[np.uint8] | None], list[tuple[str, ...]]]] = [
         ("radiograph", [radiograph_rgb(i, material) for i in choice.image_ids], []),
         ("lesion-free\ntwin", [twin_rgb(i, material) for i in choice.image_ids], []),
     ]
     for explainer in cube.explainers:
         pictures = [overlay_rgb(i, explainer, material) for i in choice.image_ids]
-        lines = [score_lines(i, explainer, material, letters) for i in choice.image_ids]
+        lines = [score_lines(i, explainer, material, shown) for i in choice.image_ids]
         rows.append((material.titles[explainer], pictures, lines))
     rows = [row for row in rows if any(picture is not None for picture in row[1])]
     columns = len(choice.image_ids)
@@ -57,7 +57,7 @@ def picture_figure(choice: Choice, material: Material, *, max_metrics: int = 4) 
     for column, head in enumerate(heads):
         centre = (_LEFT + column * (_SIDE + _GAP) + _SIDE / 2) / width
         figure.text(centre, (height - top + _GAP) / height, "\n".join(head), ha="center", va="bottom", fontsize=5.5)
-    legend = "   ".join(f"{x} {m.title} {m.arrow}".strip() for x, m in zip(letters, cube.metrics, strict=False))
+    legend = "   ".join(f"{metric.letter} {metric.title}" for metric in shown)
     figure.text(_LEFT / width, _LINE / height, legend, fontsize=6.5)
     return figure
 

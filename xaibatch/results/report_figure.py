@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from xaibatch.results.cube import ScoreCube
+from xaibatch.results.cube import MetricInfo, ScoreCube
 from xaibatch.results.overlay import composite, outlined, strength
 from xaibatch.results.report_choice import Choice
 from xaibatch.results.report_images import Picture, StoredMap
@@ -21,6 +21,15 @@ from xaibatch.results.report_tables import number
 
 PREFERRED_MASKS = ("lesion", "infection", "lung")
 """Which mask is outlined in all pictures: the first of these that any image has, else the first by name."""
+
+FAMILY_LETTERS: Mapping[str, str] = {
+    "faithfulness": "F",
+    "robustness": "S",
+    "complexity": "C",
+    "localisation": "L",
+    "randomisation": "R",
+    "causal": "T",
+}
 
 _BLANK = 0.12
 """Grey under a map whose radiograph cannot be had."""
@@ -71,16 +80,15 @@ class Material:
 def tile_grid(choice: Choice, material: Material, *, max_metrics: int = 4) -> TileGrid:
     """Lay out the chosen images; the scores of the first `max_metrics` metrics stand under each overlay by their
     letters."""
-    letters = metric_letters([m.title for m in material.cube.metrics])[:max_metrics]
+    shown = shown_metrics(material.cube.metrics, max_metrics)
     rows = [
         TileRow(title="radiograph", tiles=tuple(_radiograph(i, material) for i in choice.image_ids)),
         TileRow(title="lesion-free twin", tiles=tuple(_twin(i, material) for i in choice.image_ids)),
     ]
     for explainer in material.cube.explainers:
-        tiles = tuple(_overlay(i, explainer, material, letters) for i in choice.image_ids)
+        tiles = tuple(_overlay(i, explainer, material, shown) for i in choice.image_ids)
         rows.append(TileRow(title=material.titles[explainer], tiles=tiles))
-    shown = material.cube.metrics[: len(letters)]
-    legend = ", ".join(f"{letter} {m.title} {m.arrow}".strip() for letter, m in zip(letters, shown, strict=True))
+    legend = ", ".join(f"{metric.letter} {metric.title}" for metric in shown)
     if any(_has_outline(i, material) for i in choice.image_ids):
         legend += f"; green outline: {material.outline} mask"
     return TileGrid(
@@ -94,22 +102,32 @@ def tile_grid(choice: Choice, material: Material, *, max_metrics: int = 4) -> Ti
     )
 
 
-def metric_letters(titles: Sequence[str]) -> list[str]:
-    """The shortest capitals that tell metrics apart: initials, lengthened where two are alike.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownMetric:
+    """A metric whose scores stand under the overlays: its place in the cube, its letter and its title with arrow."""
 
-    >>> metric_letters(["Faithfulness correlation", "Average sensitivity", "Effective complexity", "Max sensitivity"])
-    ['F', 'A', 'E', 'M']
-    >>> metric_letters(["Pixel flipping", "Pointing game", "Complexity"])
-    ['PF', 'PG', 'C']
+    place: int
+    letter: str
+    title: str
+
+
+def shown_metrics(metrics: Sequence[MetricInfo], number: int) -> tuple[ShownMetric, ...]:
+    """At most `number` metrics, the first of each family before a family's second, in the cube's order.
+
+    The letter is the family's (F faithfulness, S sensitivity and other robustness, C complexity, ...), numbered where
+    two metrics share it.
     """
-    letters = [title[0].upper() for title in titles]
-    for i, title in enumerate(titles):
-        if sum(other[0].upper() == title[0].upper() for other in titles) > 1:
-            letters[i] = "".join(word[0].upper() for word in title.split())
-    return [
-        f"{letter}{letters[:i].count(letter) + 1}" if letters.count(letter) > 1 else letter
-        for i, letter in enumerate(letters)
-    ]
+    nth = [sum(m.family == metric.family for m in metrics[:place]) for place, metric in enumerate(metrics)]
+    chosen = sorted(sorted(range(len(metrics)), key=lambda place: (nth[place], place))[:number])
+    families = [metrics[place].family for place in chosen]
+    shown = []
+    for k, place in enumerate(chosen):
+        metric = metrics[place]
+        letter = FAMILY_LETTERS.get(metric.family, metric.title[:1].upper())
+        if families.count(metric.family) > 1:
+            letter += str(families[: k + 1].count(metric.family))
+        shown.append(ShownMetric(place=place, letter=letter, title=f"{metric.title} {metric.arrow}".strip()))
+    return tuple(shown)
 
 
 def data_url(rgb_HW3: NDArray[np.uint8], *, quality: int = 82) -> str:
@@ -180,14 +198,14 @@ def _twin(image_id: str, material: Material) -> Tile | None:
     return None if rgb is None else Tile(source=data_url(rgb), alt=f"lesion-free twin of {image_id}")
 
 
-def _overlay(image_id: str, explainer: str, material: Material, letters: Sequence[str]) -> Tile | None:
+def _overlay(image_id: str, explainer: str, material: Material, shown: Sequence[ShownMetric]) -> Tile | None:
     rgb = overlay_rgb(image_id, explainer, material)
     if rgb is None:
         return None
     stored = material.maps[image_id, explainer]
     problem = strength(stored.grid_hw)[1]
     alt = f"{material.titles[explainer]} for {stored.target} on {image_id}"
-    lines = ((problem,) if problem else ()) + score_lines(image_id, explainer, material, letters)
+    lines = ((problem,) if problem else ()) + score_lines(image_id, explainer, material, shown)
     return Tile(source=data_url(rgb), alt=alt, lines=lines)
 
 
@@ -197,24 +215,23 @@ def _has_outline(image_id: str, material: Material) -> bool:
 
 
 def _with_outline(rgb_HW3: NDArray[np.uint8], image_id: str, material: Material) -> NDArray[np.uint8]:
-    """The chosen mask outlined, one pixel wide for each 160 of the picture's height."""
+    """The chosen mask outlined, one pixel wide for each 110 of the picture's height."""
     if material.outline is None or not _has_outline(image_id, material):
         return rgb_HW3
     mask_HW = material.pictures[image_id].masks[material.outline]
-    return outlined(rgb_HW3, mask_HW, width=max(1, round(rgb_HW3.shape[0] / 160)))
+    return outlined(rgb_HW3, mask_HW, width=max(1, round(rgb_HW3.shape[0] / 110)))
 
 
-def score_lines(image_id: str, explainer: str, material: Material, letters: Sequence[str]) -> tuple[str, ...]:
+def score_lines(image_id: str, explainer: str, material: Material, shown: Sequence[ShownMetric]) -> tuple[str, ...]:
     """Two scores a line, each behind its metric's letter."""
     cube = material.cube
     means_EMI = cube.image_means()
     e, i = cube.explainers.index(explainer), cube.image_ids.index(image_id)
     texts = []
-    for m, letter in enumerate(letters):
-        value = float(means_EMI[e, m, i])
-        spread = means_EMI[e, m][np.isfinite(means_EMI[e, m])]
-        digits = 2 if not spread.size or spread.max() < 100 else 0
-        texts.append(f"{letter} {number(value, digits)}")
+    for metric in shown:
+        column = means_EMI[e, metric.place]
+        digits = 2 if not (np.abs(column[np.isfinite(column)]) >= 100).any() else 0
+        texts.append(f"{metric.letter} {number(float(column[i]), digits)}")
     return tuple("  ".join(texts[k : k + 2]) for k in range(0, len(texts), 2))
 
 

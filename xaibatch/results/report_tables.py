@@ -52,7 +52,7 @@ def number(value: float, digits: int) -> str:
     >>> number(-1234.5, 1), number(float("nan"), 2)
     ('−1,234.5', '–')
     """
-    return f"{value:,.{digits}f}".replace("-", "−") if np.isfinite(value) else "–"
+    return f"{value:z,.{digits}f}".replace("-", "−") if np.isfinite(value) else "–"
 
 
 def score_table(

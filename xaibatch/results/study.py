@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xaibatch.errors import RunFolderError
-from xaibatch.results.cube import Group, ScoreCube, floor_explainer, score_cube
+from xaibatch.results.cube import Group, ScoreCube, floor_explainer, is_synthetic, score_cube
 from xaibatch.results.frames import Run
 from xaibatch.results.ranks import Agreement, Ranking, agreement, rank
 from xaibatch.results.statistics import Summary, summarise
@@ -34,6 +34,8 @@ class Study:
     titles: Mapping[str, str]
     signed: Mapping[str, bool]
     seed: int
+    synthetic: bool
+    """Rendered images: intervals speak of their generator."""
     summaries: Mapping[str, Mapping[tuple[str, str], Summary]]
     """By group title."""
     marks: Mapping[str, Mapping[tuple[str, str], str]]
@@ -63,6 +65,7 @@ def make_study(run: Run) -> Study:
         titles=explainer_titles(cube.explainers, entries),
         signed={e: bool(entries.get(e, {}).get("signed", False)) for e in cube.explainers},
         seed=seed,
+        synthetic=is_synthetic(run.record),
         summaries={g.title: summaries(cube, g, seed=seed) for g in groups},
         marks={
             title: {key: floor_mark(c) for key, c in found.items() if c.num_images} for title, found in against.items()

@@ -105,9 +105,9 @@ def _cells(cube: ScoreCube, group: ImageGroup, floor_label: str | None, seed: in
 def _cell_text(summary: Summary, mark: str, digits: int, uniform: bool) -> str:
     if not summary.num_scored:
         return "–"
-    text = f"{summary.mean:,.{digits}f}{mark}"
+    text = f"{summary.mean:z,.{digits}f}{mark}"
     if summary.interval:
-        text += f" [{summary.interval.low:,.{digits}f}, {summary.interval.high:,.{digits}f}]"
+        text += f" [{summary.interval.low:z,.{digits}f}, {summary.interval.high:z,.{digits}f}]"
     return text if uniform else f"{text} ({summary.num_scored})"
 
 
