@@ -165,6 +165,8 @@ def test_names_resolve() -> None:
         resolve_metric("xaibatch.metrics.complexity:Nothing")
     with pytest.raises(ConfigError, match="expected a subclass"):
         resolve_metric("xaibatch.metrics.complexity:np")
+    with pytest.raises(ConfigError, match="less than 100"):
+        resolve_metric("road")(percentages=[50, 100])
     with pytest.raises(ConfigError, match=r"unknown option 'num_run'. Did you mean 'num_runs'"):
         resolve_metric("faithfulness_correlation")(num_run=3)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.metrics_oracle import Bench, key_of, replayed, status_of
-from tests.test_metrics_faithfulness import golden_view, near, study_map
+from tests.test_metrics_faithfulness import golden_view, near, study_map, x_ray_model
 from xaibatch.maps import MapOptions, pixel_map
 from xaibatch.metrics import METRICS
 from xaibatch.metrics.base import NoisyVariant, VariantView
@@ -105,16 +105,8 @@ def test_a_changed_prediction_is_null_exactly_where_quantus_returns_nan(case: st
 # -- captured numbers: the study's rollout on the small model
 
 
-@pytest.fixture(scope="module")
-def rollout(golden_small: Any) -> Callable[[np.ndarray], np.ndarray]:
+def rollout_of(model: Any, side: int, grid: int) -> Callable[[np.ndarray], np.ndarray]:
     """The study's map of attention rollout (heads' mean): min-max on the token grid, then bilinear."""
-    from safetensors.torch import load_file
-    from timm.models.vision_transformer import VisionTransformer
-
-    model = VisionTransformer(
-        img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=3, qkv_bias=True
-    ).eval()
-    model.load_state_dict(load_file(golden_small / "small_vit.safetensors"))
     seen: list[torch.Tensor] = []
     for block in model.blocks:
         block.attn.fused_attn = False
@@ -124,19 +116,32 @@ def rollout(golden_small: Any) -> Callable[[np.ndarray], np.ndarray]:
         seen.clear()
         with torch.no_grad():
             model(torch.as_tensor(x_BCHW))
-        product = torch.eye(65)
+        product = torch.eye(grid**2 + 1)
         for attention in seen:
-            product = (attention.mean(1) + torch.eye(65)) / 2 @ product
-        grids = product[:, 0, 1:].reshape(-1, 8, 8).numpy()
+            product = (attention.mean(1) + torch.eye(grid**2 + 1)) / 2 @ product
+        grids = product[:, 0, 1:].reshape(-1, grid, grid).numpy()
         low, high = grids.min((1, 2), keepdims=True), grids.max((1, 2), keepdims=True)
-        return np.stack([pixel_map(grid, (64, 64), MapOptions()) for grid in (grids - low) / (high - low)])
+        return np.stack([pixel_map(one, (side, side), MapOptions()) for one in (grids - low) / (high - low)])
 
     return explain
 
 
+@pytest.fixture(scope="module")
+def rollout(golden_small: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """The study's rollout on the small model."""
+    from safetensors.torch import load_file
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=3, qkv_bias=True
+    ).eval()
+    model.load_state_dict(load_file(golden_small / "small_vit.safetensors"))
+    return rollout_of(model, 64, 8)
+
+
 def noisy_maps(x: np.ndarray, explain: Callable[[np.ndarray], np.ndarray], batch: int, keep_first: bool) -> np.ndarray:
     """Maps of the copies that Quantus made after np.random.seed(0), (3,B,H,W)."""
-    stream, maps = np.random.RandomState(0), np.empty((3, len(x), 64, 64))
+    stream, maps = np.random.RandomState(0), np.empty((3, len(x), *x.shape[2:]))
     for first in range(0, len(x), batch):
         part = slice(first, first + batch)
         for sample in range(3):
@@ -163,6 +168,17 @@ def test_sensitivities_equal_the_captured_numbers(golden_small: Any, rollout: An
         view, answers = captured_case(golden_small, row, maps)
         near(METRICS["avg_sensitivity"]().score(view, answers), golden[f"AvgSens_attn_mean_bs{batch}"][row], 1e-5)
         near(METRICS["max_sensitivity"]().score(view, answers), golden[f"MaxSens_attn_mean_bs{batch}"][row], 1e-5)
+
+
+def test_sensitivities_equal_the_captured_numbers_on_x_rays(shared: Any) -> None:
+    golden, inputs = (np.load(shared / "golden" / f"tiny_{what}.npz") for what in ("quantus", "lrp"))
+    x, originals = inputs["x"], study_map(shared / "golden", "tiny", "attn_mean")
+    maps = noisy_maps(x, rollout_of(x_ray_model(shared), 224, 14), 12, keep_first=False)
+    for row in range(12):
+        view = golden_view(x[row], inputs["logits_timm_b1"][row], 0, originals[row])
+        answers = tuple(VariantView(map_hw=m[row], pixels_HW=m[row], logits_K=view.logits_K, target=0) for m in maps)
+        near(METRICS["avg_sensitivity"]().score(view, answers), golden["AvgSens_attn_mean_bs12"][row], 1e-5)
+        near(METRICS["max_sensitivity"]().score(view, answers), golden["MaxSens_attn_mean_bs12"][row], 1e-5)
 
 
 def test_the_study_form_of_sensitivity_equals_the_study_own_quantus(golden_small: Any, rollout: Any) -> None:

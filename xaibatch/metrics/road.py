@@ -3,6 +3,8 @@
 Shape letters: C channels, H W pixels, S shares.
 """
 
+from typing import Annotated
+
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
@@ -16,8 +18,8 @@ from xaibatch.perturb.plans import ImputationPlan, PerturbationPlan
 class RoadOptions(MapReading):
     scored_class: ScoredClass = "label"
     """Which class has to stay the predicted one."""
-    percentages: tuple[float, ...] = Field(tuple(range(1, 100, 2)), min_length=1)
-    """Shares of the pixels removed, in percent; each one forward pass."""
+    percentages: tuple[Annotated[float, Field(gt=0, lt=100)], ...] = Field(tuple(range(1, 100, 2)), min_length=1)
+    """Shares of the pixels removed, in percent; each one forward pass. Something has to stay to impute from."""
     noise: float = Field(0.01, ge=0)
     """Standard deviation of the noise added to imputed pixels, in units of the normalised image."""
 
