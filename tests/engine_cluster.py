@@ -2,10 +2,14 @@
 
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pandas as pd
 import pytest
 import ray
@@ -28,11 +32,22 @@ KEYS = {
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A head node with two CPUs and no GPU; tests add and remove nodes of their own. The driver is this process."""
+    """A head node with two CPUs and no GPU; tests add and remove nodes of their own. The driver is this process.
+
+    Its processes find the keys and the address of an object store in their environment; whether there is one is the
+    fixture `store`'s business.
+    """
     folder = tempfile.mkdtemp(prefix="xb-")
     faults = Path(folder) / "faults"
     faults.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
+    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv(FAULTS, str(faults))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -60,17 +75,38 @@ def faults(cluster: Cluster) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def store(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An S3-compatible store with a bucket `chest`; half of its requests fail while the folder given has a file
+    `fail`."""
+    folder = tmp_path_factory.mktemp("store")
+    port = os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]
+    command = [sys.executable, str(ROOT / "tests" / "engine_store.py"), str(folder), port]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"ready\n", (folder / "log").read_text()
+        fsspec.filesystem("s3").mkdir("chest")
+        yield folder
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve toy images, four a class."""
     return toy_images(tmp_path_factory.mktemp("images"))
 
 
 def tables(folder: RunFolder | str) -> dict[str, pd.DataFrame]:
-    """All rows of a run without its name, indexed by key and sorted; fails on a key that occurs twice."""
+    """All rows of a run without its name and where its images were, indexed by key and sorted; fails on a key that
+    occurs twice."""
     folder = folder if isinstance(folder, RunFolder) else RunFolder(folder)
     found = {}
     for table, key in KEYS.items():
-        rows = folder.read(table).to_pandas().drop(columns="run")
+        rows = folder.read(table).to_pandas().drop(columns=["run", "path"], errors="ignore")
         rows = rows.astype({column: object for column in rows.columns if rows[column].dtype == "category"})
         assert not rows.duplicated(key).any(), f"{table}: a key occurs twice"
         found[table] = rows.set_index(key).sort_index()

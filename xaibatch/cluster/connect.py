@@ -79,6 +79,15 @@ def _own_cluster() -> Iterator[None]:
     _remove_orphans()
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
     try:
+        _start(folder)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: str) -> None:
+    try:
         ray.init(
             address="local",
             include_dashboard=False,
@@ -86,10 +95,10 @@ def _own_cluster() -> Iterator[None]:
             logging_level=logging.ERROR,
             _temp_dir=folder,
         )
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    except Exception as error:
+        raise EngineError(
+            f"Ray did not start on this machine ({error}). A busy machine may need another try; --no-ray does without"
+        ) from error
 
 
 def _remove_orphans() -> None:

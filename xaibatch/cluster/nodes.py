@@ -23,16 +23,23 @@ _RECORD: Final = "run.json"
 
 @dataclass(kw_only=True)
 class NodeCheck:
-    """Asks each node once; `look` never waits."""
+    """Asks each node once; `look` never waits. Work may begin when the nodes of the first look have answered."""
 
     job: Job
     _asked: dict[str, Any] = field(default_factory=dict)
+    _first: tuple[str, ...] | None = None
+
+    @property
+    def cleared(self) -> bool:
+        """Whether all nodes of the first look have answered (or are gone)."""
+        return self._first is not None and all(self._asked.get(node_id) is None for node_id in self._first)
 
     def look(self, nodes: Iterable[Any]) -> None:
         """Ask new nodes and hear the answers that have come; EngineError names a node that cannot see a path."""
         nodes = {node["NodeID"]: node for node in nodes if node["Resources"].get("CPU", 0) >= 1}
         paths = local_paths(self.job)
         if not paths or len(nodes) < 2:
+            self._first = self._first or ()
             return
         ask: Any = ray.remote(_missing)
         for node_id in nodes.keys() - self._asked.keys():
@@ -42,8 +49,12 @@ class NodeCheck:
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
                 runtime_env={"env_vars": dict(ONE_THREAD)},
             ).remote(paths)
+        if self._first is None:
+            self._first = tuple(self._asked)
         for node_id, ref in self._asked.items():
-            if ref is not None and node_id in nodes and ray.wait([ref], timeout=0)[0]:
+            if node_id not in nodes:
+                self._asked[node_id] = None
+            elif ref is not None and ray.wait([ref], timeout=0)[0]:
                 self._asked[node_id] = None
                 self._hear(nodes[node_id], ref)
 

@@ -73,6 +73,8 @@ class ReplicaPool:
 
     @property
     def ready(self) -> list[Slot]:
+        if not self._check.cleared:
+            return []
         return [slot for slot in self.slots if slot.facts is not None and not slot.retired]
 
     def refresh(self) -> list[Slot]:

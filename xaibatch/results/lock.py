@@ -101,6 +101,8 @@ class RunLock:
             return
         with self._guarded():
             holder = self._read()
+            if holder is not None and holder.token == self._me.token:
+                return  # a store that carried the request out and lost its answer
             if holder is not None and not self._stale(holder):
                 raise RunFolderError(
                     f"the run folder {self.folder.url!r} is in use by another run: process {holder.pid} on "

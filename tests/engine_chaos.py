@@ -1,0 +1,160 @@
+"""A run that is killed again and again: which process is killed when, and what must come out in the end.
+
+Processes in the middle of a step show a marker (tests/engine_faults.py), so every kill hits work in progress and none
+hits a start-up. `replica`, `score` and `write` (a part being written) are killed by their marker, `node` is a raylet
+with all its workers, `driver` is the command itself, which is then started again. Used by tests/test_engine_chaos.py,
+in short, and by jobs/chaos.py, at length.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from ray.cluster_utils import Cluster
+
+from xaibatch.config import RunConfig
+
+KINDS: Final = ("replica", "score", "write", "node", "driver")
+
+EXPLAINERS: Final[dict[str, Any]] = {"tests.engine_faults:brightness": {}, "random": {}}
+METRICS: Final[dict[str, Any]] = {
+    "tests.engine_faults:Peak": {},
+    "effective_complexity": {"eps": 0.1},
+    "faithfulness_correlation": {"num_runs": 4, "subset_size": 100},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kill:
+    """What was killed, and how many seconds after the run began."""
+
+    kind: str
+    at_s: float
+
+
+class Chaos:
+    """Runs a command to its end while killing what it consists of.
+
+    command:   starts the run or takes it up, and exits with 0 when everything is done.
+    markers:   the folder where workers in the middle of a step show it.
+    pause_s:   mean of the exponentially distributed pause between a kill and the next one.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        command: Sequence[str],
+        environment: dict[str, str],
+        markers: Path,
+        log: Path,
+        *,
+        seed: int,
+        pause_s: float = 1.0,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._cluster, self._command, self._environment = cluster, list(command), environment
+        self._markers, self._log, self._pause_s, self._say = markers, log, pause_s, say
+        self._random = random.Random(seed)
+        self._nodes: list[Any] = []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, kinds: Sequence[str], timeout_s: float) -> list[Kill]:
+        """Kill one of each of `kinds`, in that order, then let the run end; AssertionError if it ends too early, fails
+        or takes longer than `timeout_s`."""
+        start = time.monotonic()
+        (self._markers / "markers").touch()
+        kills: list[Kill] = []
+        self._nodes.append(self._cluster.add_node(num_cpus=2))
+        self._start()
+        try:
+            for kind in kinds:
+                wait_until = time.monotonic() + self._random.expovariate(1 / self._pause_s)
+                while not (self._busy(kind) and time.monotonic() >= wait_until and self._kill(kind)):
+                    self._check(kills, start + timeout_s, len(kinds))
+                    time.sleep(0.01)
+                kills.append(Kill(kind=kind, at_s=time.monotonic() - start))
+                self._say(f"{len(kills)} of {len(kinds)}: killed a {kind}")
+            while self._ended() is None:
+                assert time.monotonic() < start + timeout_s, self._report("the run does not end", kills)
+                time.sleep(0.1)
+            assert self._ended() == 0, self._report("the run failed", kills)
+            return kills
+        finally:
+            self._kill_driver()
+            for node in self._nodes:
+                with contextlib.suppress(Exception):
+                    self._cluster.remove_node(node)
+
+    def _start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def _ended(self) -> int | None:
+        assert self._process is not None
+        return self._process.poll()
+
+    def _busy(self, kind: str) -> list[int]:
+        """Processes that are in the middle of a step of this kind (any step for a node or the driver)."""
+        step = kind if kind in ("replica", "score", "write") else "*"
+        found = []
+        for marker in self._markers.glob(f"{step}-*"):
+            pid = int(marker.name.rpartition("-")[2])
+            try:
+                os.kill(pid, 0)
+                found.append(pid)
+            except ProcessLookupError:
+                marker.unlink(missing_ok=True)
+        return found
+
+    def _kill(self, kind: str) -> bool:
+        """True if something of this kind was killed; False if it was gone already."""
+        if kind == "driver":
+            self._kill_driver()
+            self._start()
+            return True
+        if kind == "node":
+            self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+            self._nodes.append(self._cluster.add_node(num_cpus=2))
+            return True
+        for pid in self._busy(kind):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                return True
+        return False
+
+    def _kill_driver(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def _check(self, kills: list[Kill], deadline: float, num_wanted: int) -> None:
+        assert self._ended() is None, self._report(f"the run ended before {num_wanted} kills", kills)
+        assert time.monotonic() < deadline, self._report("nothing left to kill in time", kills)
+
+    def _report(self, what: str, kills: list[Kill]) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()[-40:]
+        return "\n".join([f"{what} (exit code {self._ended()}, kills {[kill.kind for kill in kills]})", *lines])
+
+
+def schedule(num_kills: int, seed: int) -> list[str]:
+    """Kinds in random order, each as often as the others as far as the number allows."""
+    rounds = -(-num_kills // len(KINDS))
+    kinds = list(KINDS) * rounds
+    random.Random(seed).shuffle(kinds)
+    return kinds[:num_kills]
+
+
+def write_config(config: RunConfig, path: Path) -> Path:
+    """The configuration as the file that the command line takes."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
+    return path
