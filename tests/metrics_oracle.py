@@ -230,6 +230,14 @@ class Bench:
             )
 
 
+REFERENCE = 2e-5
+"""Both sides compute in float64 from float32 images and maps; Quantus sums float32 maps in float32."""
+
+
+def near(ours: Any, theirs: Any, tolerance: float = REFERENCE) -> None:
+    np.testing.assert_allclose(np.asarray(ours, float), np.asarray(theirs, float), rtol=tolerance, atol=tolerance)
+
+
 @contextmanager
 def stable_sorting() -> Iterator[None]:
     """Ties by position, as ours: NumPy's default sort leaves their order to the processor."""

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.metrics_oracle import Bench, gradient_map, key_of, some_masks
-from tests.test_metrics_faithfulness import near
+from tests.metrics_oracle import Bench, gradient_map, key_of, near, some_masks
 from xaibatch.errors import ConfigError, UsageError
 from xaibatch.metrics import resolve_metric
 from xaibatch.metrics.quantus_adapter import QuantusMetric, quantus_metric, reduced, score_with_quantus

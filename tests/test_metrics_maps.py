@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.metrics_oracle import MAP_KINDS, Bench, some_masks, stable_sorting, status_of
-from tests.test_metrics_faithfulness import golden_view, near, study_map
+from tests.metrics_oracle import MAP_KINDS, Bench, near, some_masks, stable_sorting, status_of
+from tests.test_metrics_captured import golden_view, study_map
 from xaibatch.maps import MapOptions
 from xaibatch.metrics import METRICS
 from xaibatch.types import ALL_ZERO_MAP, MISSING_MASK, NAN_MAP, ZERO_DENOMINATOR

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.metrics_oracle import MAP_KINDS, Bench, gradient_map, some_maps, status_of
-from tests.test_metrics_faithfulness import near
+from tests.metrics_oracle import MAP_KINDS, Bench, gradient_map, near, some_maps, status_of
 from xaibatch.metrics import METRICS
 from xaibatch.metrics.base import NoisyVariant, TargetVariant, VariantView, WeightsVariant
 from xaibatch.metrics.similarity import structural_similarity

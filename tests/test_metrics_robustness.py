@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.metrics_oracle import Bench, key_of, replayed, status_of
-from tests.test_metrics_faithfulness import golden_view, near, study_map, x_ray_model
+from tests.metrics_oracle import Bench, key_of, near, replayed, status_of
+from tests.test_metrics_captured import golden_view, study_map, x_ray_model
 from xaibatch.maps import MapOptions, pixel_map
 from xaibatch.metrics import METRICS
 from xaibatch.metrics.base import NoisyVariant, VariantView

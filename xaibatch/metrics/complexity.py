@@ -19,7 +19,7 @@ class ComplexityOptions(MapReading):
 
 @METRICS.register("sparseness")
 class Sparseness(MapMetric):
-    """Gini index of |map| (Chalasani et al. 2020, section 5): 0 all pixels alike, towards 1 one pixel holds everything.
+    """Gini index of |map| (Chalasani et al. 2020): 0 all pixels alike, towards 1 one pixel holds everything.
 
     As Quantus 0.6 1e-7 is added to every value first. Quantus adds it to the caller's array; here nothing is changed.
     """
@@ -46,7 +46,7 @@ class Sparseness(MapMetric):
 
 @METRICS.register("complexity")
 class Complexity(MapMetric):
-    """Entropy (nats) of the shares |a_i| / sum|a| (Bhatt et al. 2020, definition 3): 0 to ln(N), lower is simpler."""
+    """Entropy (nats) of the shares |a_i| / sum|a| (Bhatt et al. 2020): 0 to ln(N), lower is simpler."""
 
     name = "complexity"
     title = "Complexity (entropy)"
@@ -77,7 +77,7 @@ class EffectiveComplexityOptions(ComplexityOptions):
 
 @METRICS.register("effective_complexity")
 class EffectiveComplexity(MapMetric):
-    """How many pixels have |map| above eps (Nguyen and Martinez 2020, section 3.3.2, with eps as tolerance).
+    """How many pixels have |map| above eps (after Nguyen and Martinez 2020, with eps as tolerance).
 
     Their definition searches the smallest set of features that keeps the output; like Quantus this only counts.
     """

@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from xaibatch.metrics.base import METRICS, ImageView, MapView, PlanMetric
-from xaibatch.metrics.curves import Area, Steps, counts_of, num_steps, order_key, order_of, relevance_by_entry
+from xaibatch.metrics.curves import (
+    Area,
+    Steps,
+    counts_of,
+    num_steps,
+    order_key,
+    order_of,
+    relevance_by_entry,
+    trapezoid,
+)
 from xaibatch.metrics.reading import MapReading, Output, OutputReading, ScoredClass, outputs, read_map
 from xaibatch.perturb.plans import Baseline, OrderPlan, PerturbationPlan
 
@@ -35,7 +44,7 @@ class PixelFlippingOptions(Steps, Area):
 class PixelFlipping(PlanMetric):
     """Area under the output while the most relevant entries are removed step by step; a good map makes it drop early.
 
-    Bach et al. 2015, section "Pixel-flipping". As in Quantus the curve starts after the first step. The score is the
+    Bach et al. 2015. As in Quantus the curve starts after the first step. The score is the
     curve's mean height, in [0, 1] for probabilities (`auc="steps"`: Quantus's `return_auc_per_sample`).
     """
 
@@ -77,12 +86,12 @@ class RiseOptions(MapReading, OutputReading):
 class RiseCurve(PlanMetric):
     """Area under the probability while pixels are removed from, or put into, the image by falling relevance, in [0, 1].
 
-    Petsiuk et al. 2018, section 4.2 and algorithm 1: both ends belong to the curve, the trapezoid rule, divided by the
+    Petsiuk et al. 2018: both ends belong to the curve, the trapezoid rule, divided by the
     number of steps. The end that is the image itself costs no forward pass.
     """
 
     family = "faithfulness"
-    paper = "Petsiuk et al. 2018, RISE: Randomized input sampling for explanation of black-box models, algorithm 1"
+    paper = "Petsiuk et al. 2018, RISE: Randomized input sampling for explanation of black-box models"
     bounds = (0.0, 1.0)
     Options = RiseOptions
     options: RiseOptions
@@ -104,8 +113,8 @@ class RiseCurve(PlanMetric):
 
     def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
         itself, copies_S = outputs(view, logits_SK, self.options)
-        curve = [itself, *copies_S] if self.direction == "delete" else [*copies_S, itself]
-        return float(np.trapezoid(curve) / (len(curve) - 1))
+        curve = np.array([itself, *copies_S] if self.direction == "delete" else [*copies_S, itself])
+        return trapezoid(curve) / (len(curve) - 1)
 
     def _step(self, shape_CHW: tuple[int, int, int]) -> int:
         return self.options.pixels_in_step or shape_CHW[2]

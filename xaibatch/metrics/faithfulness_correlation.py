@@ -38,7 +38,7 @@ class FaithfulnessCorrelationOptions(MapReading, OutputReading):
 class FaithfulnessCorrelation(PlanMetric):
     """Correlation over random subsets S of (relevance in S) with (output minus output without S), in [-1, 1].
 
-    Bhatt et al. 2020, equation 1 (there: over subsets of fixed size against a baseline). The subsets do not look at the
+    Bhatt et al. 2020 (there: over subsets of fixed size against a baseline). The subsets do not look at the
     map, so one plan serves every explainer. 224 scattered pixels hardly move a model of 16x16 tokens; `entries="patch"`
     hides whole tokens instead. Deviations from Quantus 0.6: maps are normalised one by one, draws are keyed per image.
     """
@@ -46,7 +46,7 @@ class FaithfulnessCorrelation(PlanMetric):
     name = "faithfulness_correlation"
     title = "Faithfulness Correlation"
     family = "faithfulness"
-    paper = "Bhatt et al. 2020, Evaluating and aggregating feature-based model explanations, equation 1"
+    paper = "Bhatt et al. 2020, Evaluating and aggregating feature-based model explanations"
     higher_is_better = True
     bounds = (-1.0, 1.0)
     plan_uses_map = False

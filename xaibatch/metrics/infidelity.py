@@ -30,7 +30,7 @@ class InfidelityOptions(MapReading, OutputReading):
 class Infidelity(PlanMetric):
     """Mean squared difference of (sum of map x change of the image) and (drop of the output); 0 is best.
 
-    Yeh et al. 2019, definition 1 and section 3.2 (square removal). The map counts per channel entry. The squares do
+    Yeh et al. 2019 (square removal). The map counts per channel entry. The squares do
     not look at the map, so one plan serves every explainer. Quantus repeats its removals `n_perturb_samples` times,
     though nothing in them is random; once is enough. Scores depend on the scale of the map: compare explainers of one
     scale only.
@@ -39,7 +39,7 @@ class Infidelity(PlanMetric):
     name = "infidelity"
     title = "Infidelity"
     family = "faithfulness"
-    paper = "Yeh et al. 2019, On the (in)fidelity and sensitivity of explanations, definition 1"
+    paper = "Yeh et al. 2019, On the (in)fidelity and sensitivity of explanations"
     higher_is_better = False
     bounds = (0.0, float("inf"))
     plan_uses_map = False

@@ -48,7 +48,7 @@ class PointingGameOptions(MaskedMap):
 
 @METRICS.register("pointing_game")
 class PointingGame(LocalisationMetric):
-    """1 if the map's largest value lies in the mask, else 0 (Zhang et al. 2018, section 4.1); any of several equal
+    """1 if the map's largest value lies in the mask, else 0 (Zhang et al. 2018); any of several equal
     ones.
 
     No tolerance in pixels, as in Quantus (the paper: 15).
@@ -56,7 +56,7 @@ class PointingGame(LocalisationMetric):
 
     name = "pointing_game"
     title = "Pointing Game"
-    paper = "Zhang et al. 2018, Top-down neural attention by excitation backprop, section 4.1"
+    paper = "Zhang et al. 2018, Top-down neural attention by excitation backprop"
     Options = PointingGameOptions
     options: PointingGameOptions
 
@@ -75,11 +75,11 @@ class TopKIntersectionOptions(MaskedMap):
 
 @METRICS.register("top_k_intersection")
 class TopKIntersection(LocalisationMetric):
-    """Share of the k most relevant pixels that lie in the mask (Theiner et al. 2022, equation 1)."""
+    """Share of the k most relevant pixels that lie in the mask (Theiner et al. 2022)."""
 
     name = "top_k_intersection"
     title = "Top-K Intersection"
-    paper = "Theiner et al. 2022, Interpretable semantic photo geolocation, equation 1"
+    paper = "Theiner et al. 2022, Interpretable semantic photo geolocation"
     bounds = (0.0, float("inf"))
     Options = TopKIntersectionOptions
     options: TopKIntersectionOptions
@@ -92,12 +92,12 @@ class TopKIntersection(LocalisationMetric):
 
 @METRICS.register("relevance_mass_accuracy")
 class RelevanceMassAccuracy(LocalisationMetric):
-    """Relevance in the mask over all relevance (Arras et al. 2022, equation 13); in [0, 1] for maps without negative
+    """Relevance in the mask over all relevance (Arras et al. 2022); in [0, 1] for maps without negative
     values, unbounded where positive and negative relevance nearly cancel."""
 
     name = "relevance_mass_accuracy"
     title = "Relevance Mass Accuracy"
-    paper = "Arras et al. 2022, CLEVR-XAI: a benchmark dataset for the ground truth evaluation of explanations, eq. 13"
+    paper = "Arras et al. 2022, CLEVR-XAI: a benchmark dataset for the ground truth evaluation of explanations"
     bounds = (float("-inf"), float("inf"))
 
     def score(self, view: MapView) -> float:
@@ -107,11 +107,11 @@ class RelevanceMassAccuracy(LocalisationMetric):
 
 @METRICS.register("relevance_rank_accuracy")
 class RelevanceRankAccuracy(LocalisationMetric):
-    """Share of the mask found by as many of the most relevant pixels as it has (Arras et al. 2022, equation 14)."""
+    """Share of the mask found by as many of the most relevant pixels as it has (Arras et al. 2022)."""
 
     name = "relevance_rank_accuracy"
     title = "Relevance Rank Accuracy"
-    paper = "Arras et al. 2022, CLEVR-XAI: a benchmark dataset for the ground truth evaluation of explanations, eq. 14"
+    paper = "Arras et al. 2022, CLEVR-XAI: a benchmark dataset for the ground truth evaluation of explanations"
 
     def score(self, view: MapView) -> float:
         values_N, mask_N = self.read(view)
@@ -130,11 +130,11 @@ class AttributionLocalisationOptions(MaskedMap):
 
 @METRICS.register("attribution_localisation")
 class AttributionLocalisation(LocalisationMetric):
-    """Relevance in the mask over all relevance, of |map| by default (Kohlbrenner et al. 2020, equations 6 and 7)."""
+    """Relevance in the mask over all relevance, of |map| by default (Kohlbrenner et al. 2020)."""
 
     name = "attribution_localisation"
     title = "Attribution Localisation"
-    paper = "Kohlbrenner et al. 2020, Towards best practice in explaining neural network decisions with LRP, eq. 6, 7"
+    paper = "Kohlbrenner et al. 2020, Towards best practice in explaining neural network decisions with LRP"
     bounds = (0.0, float("inf"))
     Options = AttributionLocalisationOptions
     options: AttributionLocalisationOptions

@@ -6,10 +6,9 @@ pixels, K classes.
 
 import inspect
 import io
-import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -19,6 +18,16 @@ from pydantic import ConfigDict
 
 from xaibatch.errors import ConfigError, NotScoredError, UnknownNameError, UsageError
 from xaibatch.metrics.base import Metric
+from xaibatch.metrics.curves import trapezoid
+from xaibatch.metrics.quantus_environment import (
+    Explain,
+    Predict,
+    keyed_explanations,
+    lent_numpy_names,
+    own_draws,
+    replica_module,
+    smoothed_explanations,
+)
 from xaibatch.metrics.quantus_facts import FUNCTION_MODULES, QUANTUS_METRICS, QuantusFacts
 from xaibatch.metrics.reading import readable
 from xaibatch.options import Options
@@ -27,15 +36,6 @@ from xaibatch.types import ALL_ZERO_MAP, CHANGED_PREDICTION, ERROR, MISSING_MASK
 
 if TYPE_CHECKING:
     from torch import nn
-
-Predict = Callable[[NDArray[np.float32]], NDArray[np.floating]]
-"""Images (B,C,H,W) to logits (B,K); a replica's answer."""
-
-Explain = Callable[
-    [NDArray[np.floating], NDArray[np.int64], Sequence[DrawKey], "nn.Module | None"], NDArray[np.floating]
-]
-"""Images (B,C,H,W), classes (B,), a key per image and a changed model (None: the replica's own) to pixel maps (B,H,W).
-The keys name the number of the call, so that an explainer with random numbers draws new ones each time."""
 
 
 class QuantusOptions(Options):
@@ -180,7 +180,7 @@ def score_with_quantus(
         raise UsageError(f"{metric.name} explains changed images or models: it needs `explain`")
     if metric.facts.needs_model and load_model is None:
         raise UsageError(f"{metric.name} needs the model's weights or hidden layers: it needs `load_model`")
-    model = _gradients_allowed(load_model()) if metric.facts.needs_model and load_model else _replica_module(predict)
+    model = _gradients_allowed(load_model()) if metric.facts.needs_model and load_model else replica_module(predict)
 
     outcomes: list[Outcome | None] = [_refused(metric, row, maps, masks) for row in range(len(maps))]
     open_rows = [row for row, outcome in enumerate(outcomes) if outcome is None]
@@ -194,7 +194,7 @@ def score_with_quantus(
             "s_batch": np.array(masks[metric.options.mask][rows][:, None])
             if masks and metric.facts.needs_mask
             else None,
-            "explain_func": _explain_func(explain, [keys[row] for row in rows], metric.facts.changes_weights),
+            "explain_func": keyed_explanations(explain, [keys[row] for row in rows], metric.facts.changes_weights),
             "channel_first": True,
             "batch_size": len(rows),
         }
@@ -224,9 +224,9 @@ def _called(metric: QuantusMetric, call: dict[str, Any], key: DrawKey, num_class
     with redirect_stdout(io.StringIO()):  # Quantus prints advice
         quantus_object = metric.build(num_classes)
     if metric.facts.smooths:
-        quantus_object.explain_smooth_batch_numpy = _smoothed(quantus_object, call["explain_func"])
+        quantus_object.explain_smooth_batch_numpy = smoothed_explanations(quantus_object, call["explain_func"])
     try:
-        with _own_draws(key), _removed_numpy_names(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with own_draws(key), lent_numpy_names(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             result = quantus_object(**call)
     except Exception as error:  # Quantus raises whatever its NumPy does; every image gets its row
@@ -283,80 +283,10 @@ def reduced(result: Any, num_images: int) -> list[float]:
     if values.ndim == 1 and len(values) == num_images:
         return [float(value) for value in values]
     if values.ndim == 2 and len(values) == num_images:
-        return [
-            float(np.trapezoid(curve) / (len(curve) - 1)) if len(curve) > 1 else float(curve[0]) for curve in values
-        ]
+        return [trapezoid(curve) / (len(curve) - 1) if len(curve) > 1 else float(curve[0]) for curve in values]
     if values.ndim <= 1 and values.size:
         return [float(values.mean())] * num_images
     raise ValueError(f"shape {values.shape} is neither one number nor one curve per image")
-
-
-@contextmanager
-def _own_draws(key: DrawKey) -> Iterator[None]:
-    """Seed the global streams that Quantus draws from, and put them back afterwards."""
-    import torch
-
-    before = np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        seed = int(key.generator("quantus").integers(2**32))
-        np.random.seed(seed)  # noqa: NPY002
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(before)  # noqa: NPY002
-
-
-@contextmanager
-def _removed_numpy_names() -> Iterator[None]:
-    """Lend NumPy the names that Quantus 0.6 still uses and NumPy 2 removed, for the time of the call."""
-    lent = {name: value for name, value in {"trapz": np.trapezoid, "NaN": np.nan}.items() if name not in vars(np)}
-    for name, value in lent.items():
-        setattr(np, name, value)
-    try:
-        yield
-    finally:
-        for name in lent:
-            delattr(np, name)
-
-
-def _explain_func(
-    explain: Explain | None, keys: Sequence[DrawKey], changes_weights: bool
-) -> Callable[..., NDArray[np.floating]] | None:
-    if explain is None:
-        return None
-    num_calls = itertools.count()
-
-    def explain_func(model: Any, inputs: Any, targets: Any, **_: Any) -> NDArray[np.floating]:
-        images, call = np.asarray(inputs), next(num_calls)
-        fresh = [key.of_variant(f"quantus:{call}") for key in keys]
-        maps = explain(images, np.asarray(targets), fresh, model if changes_weights else None)
-        return np.array(maps).reshape(len(images), 1, *images.shape[-2:])
-
-    return explain_func
-
-
-def _smoothed(quantus_object: Any, explain_func: Callable[..., Any]) -> Callable[..., NDArray[np.floating]]:
-    """Smooth MPRT's inner mean over noisy inputs, with the run's explainer: Quantus 0.6 calls `quantus.explain` there
-    and ignores the explainer it was given."""
-
-    def explain_smooth(model: Any, x_batch: Any, y_batch: Any, std: Any, **_: Any) -> NDArray[np.floating]:
-        noise = [np.random.randn(*x_batch.shape) * std for _ in range(quantus_object.nr_samples - 1)]  # noqa: NPY002
-        maps = [explain_func(model, x_batch + copy, y_batch) for copy in [*noise, np.zeros_like(x_batch)]]
-        return np.mean(maps, axis=0)
-
-    return explain_smooth
-
-
-def _replica_module(predict: Predict) -> "nn.Module":
-    """A module without weights whose forward pass is answered by `predict`."""
-    import torch
-
-    class Replica(torch.nn.Module):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return torch.as_tensor(np.array(predict(images.detach().cpu().numpy())))
-
-    return Replica().eval()
 
 
 def _gradients_allowed(model: "nn.Module") -> "nn.Module":

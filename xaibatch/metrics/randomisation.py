@@ -52,14 +52,14 @@ class RandomLogitOptions(MapReading):
 class RandomLogit(VariantMetric):
     """Similarity of the map to the map for another class, drawn at random; a map that depends on the class scores low.
 
-    Sixt et al. 2020, section 4.2. Quantus draws the class from NumPy's global stream, seeded anew for every batch, so
+    Sixt et al. 2020. Quantus draws the class from NumPy's global stream, seeded anew for every batch, so
     that it depends on the place in the batch; here it hangs on the image.
     """
 
     name = "random_logit"
     title = "Random Logit"
     family = "randomisation"
-    paper = "Sixt et al. 2020, When explanations lie: why many modified BP attributions fail, section 4.2"
+    paper = "Sixt et al. 2020, When explanations lie: why many modified BP attributions fail"
     higher_is_better = False
     bounds = (-1.0, 1.0)
     Options = RandomLogitOptions
@@ -102,14 +102,14 @@ class MprtOptions(MapReading):
 class Mprt(VariantMetric):
     """Mean similarity over the stages of the map to the map of the model with new weights; a faithful map scores low.
 
-    Adebayo et al. 2018, section 4 (model parameter randomisation test). Quantus's average also counts the unchanged
+    Adebayo et al. 2018 (model parameter randomisation test). Quantus's average also counts the unchanged
     model, which compares the map with itself; here it does not.
     """
 
     name = "mprt"
     title = "Model Parameter Randomisation Test"
     family = "randomisation"
-    paper = "Adebayo et al. 2018, Sanity checks for saliency maps, section 4"
+    paper = "Adebayo et al. 2018, Sanity checks for saliency maps"
     higher_is_better = False
     bounds = (-1.0, 1.0)
     Options = MprtOptions
@@ -154,13 +154,13 @@ class EfficientMprtOptions(MapReading):
 class EfficientMprt(VariantMetric):
     """Relative rise of the map's complexity when all weights are new: (H' - H) / H; a faithful map's complexity rises.
 
-    Hedström et al. 2023, equation 6, with the entropy (nats) of the map's histogram.
+    Hedström et al. 2023, with the entropy (nats) of the map's histogram.
     """
 
     name = "efficient_mprt"
     title = "Efficient MPRT"
     family = "randomisation"
-    paper = "Hedström et al. 2023, Sanity checks revisited: an exploration to repair the MPRT, equation 6"
+    paper = "Hedström et al. 2023, Sanity checks revisited: an exploration to repair the MPRT"
     higher_is_better = True
     bounds = (-1.0, float("inf"))
     Options = EfficientMprtOptions
@@ -205,14 +205,14 @@ class SmoothMprtOptions(MprtOptions):
 class SmoothMprt(VariantMetric):
     """As `mprt`, each map being the mean of maps of noisy copies, which takes out the noise of gradient maps.
 
-    Hedström et al. 2023, equation 5. The explainer's own maps are averaged, then brought to pixels. Quantus 0.6 calls
+    Hedström et al. 2023. The explainer's own maps are averaged, then brought to pixels. Quantus 0.6 calls
     `quantus.explain` for the noisy copies and ignores the explainer it was given.
     """
 
     name = "smooth_mprt"
     title = "Smooth MPRT"
     family = "randomisation"
-    paper = "Hedström et al. 2023, Sanity checks revisited: an exploration to repair the MPRT, equation 5"
+    paper = "Hedström et al. 2023, Sanity checks revisited: an exploration to repair the MPRT"
     higher_is_better = False
     bounds = (-1.0, 1.0)
     needs = frozenset({"image"})

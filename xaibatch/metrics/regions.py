@@ -11,7 +11,7 @@ from pydantic import Field
 
 from xaibatch.errors import NotScoredError
 from xaibatch.metrics.base import METRICS, ImageView, MapView, PlanMetric
-from xaibatch.metrics.curves import Area, order_of
+from xaibatch.metrics.curves import Area, order_of, trapezoid
 from xaibatch.metrics.patches import patch_grid, sums_by_segment
 from xaibatch.metrics.reading import MapReading, Output, OutputReading, outputs, read_map
 from xaibatch.perturb.plans import Baseline, PerturbationPlan, SuperpixelPlan
@@ -56,7 +56,7 @@ class RegionPerturbationOptions(PatchOptions):
 class RegionPerturbation(PlanMetric):
     """Area under the drop of the output while the most relevant square regions are removed; a good map makes it large.
 
-    Samek et al. 2017, equation 13 (AOPC). As in Quantus the curve starts after the first region. The score is the
+    Samek et al. 2017 (AOPC). As in Quantus the curve starts after the first region. The score is the
     curve's mean height (`auc="steps"`: the area that Quantus's `get_auc_score` averages). Quantus declares that lower
     is better, though it measures the drop: higher is better under `morf`, lower under `lerf`.
     """
@@ -64,7 +64,7 @@ class RegionPerturbation(PlanMetric):
     name = "region_perturbation"
     title = "Region Perturbation (area over the curve)"
     family = "faithfulness"
-    paper = "Samek et al. 2017, Evaluating the visualization of what a deep neural network has learned, equation 13"
+    paper = "Samek et al. 2017, Evaluating the visualization of what a deep neural network has learned"
     higher_is_better = True
     bounds = (-1.0, 1.0)
     Options = RegionPerturbationOptions
@@ -96,13 +96,13 @@ class RegionPerturbation(PlanMetric):
 class Selectivity(PlanMetric):
     """Area under the output while square regions are removed by falling relevance; a good map makes it drop early.
 
-    Montavon et al. 2018, section 7.2. As in Quantus the curve starts after the first region; mean height by default.
+    Montavon et al. 2018. As in Quantus the curve starts after the first region; mean height by default.
     """
 
     name = "selectivity"
     title = "Selectivity (area under the curve)"
     family = "faithfulness"
-    paper = "Montavon et al. 2018, Methods for interpreting and understanding deep neural networks, section 7.2"
+    paper = "Montavon et al. 2018, Methods for interpreting and understanding deep neural networks"
     higher_is_better = False
     bounds = (0.0, 1.0)
     Options = PatchOptions
@@ -141,7 +141,7 @@ class IrofOptions(MapReading, OutputReading):
 class Irof(PlanMetric):
     """Area over the relative output while superpixels are removed by falling mean relevance; a good map makes it large.
 
-    Rieger and Hansen 2020, equation 1: number of superpixels minus the area (trapezoid rule) under output / the image's
+    Rieger and Hansen 2020: number of superpixels minus the area (trapezoid rule) under output / the image's
     own output. Quantus pads the batch to its largest number of superpixels, which adds half the last output to the area
     of every other image; here each image stands alone.
     """
@@ -178,7 +178,7 @@ class Irof(PlanMetric):
         if itself == 0:
             raise NotScoredError(ZERO_DENOMINATOR, "the output for the image itself is zero")
         num_segments = len(copies_S)
-        over = num_segments - float(np.trapezoid(copies_S / itself))
+        over = num_segments - trapezoid(copies_S / itself)
         return over if self.options.auc == "steps" else over / num_segments
 
     def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:

@@ -29,7 +29,7 @@ class Road(PlanMetric):
     """Share of the percentages at which the class is still predicted after the most relevant pixels were imputed, 0
     to 1.
 
-    Rong et al. 2022, section 5 (ROAD, most relevant first): noisy linear imputation hides less of the mask's shape than
+    Rong et al. 2022 (ROAD, most relevant first): noisy linear imputation hides less of the mask's shape than
     one colour does. Quantus returns the mean over the images of one batch for every percentage; the mean over images of
     this score is the mean over percentages of Quantus's. Quantus 0.6 fails on images with more than one channel.
     """
@@ -37,7 +37,7 @@ class Road(PlanMetric):
     name = "road"
     title = "ROAD (most relevant first)"
     family = "faithfulness"
-    paper = "Rong et al. 2022, A consistent and efficient evaluation strategy for attribution methods, section 5"
+    paper = "Rong et al. 2022, A consistent and efficient evaluation strategy for attribution methods"
     higher_is_better = False
     bounds = (0.0, 1.0)
     Options = RoadOptions

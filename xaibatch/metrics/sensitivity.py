@@ -71,12 +71,12 @@ def copies_maps(answers: tuple[VariantView, ...], reading: MapReading) -> Iterat
 class Sensitivity(VariantMetric):
     """Relative change ||map - map of copy|| / norm for each noisy copy; subclasses reduce the copies to one score.
 
-    Yeh et al. 2019, definition 2 has the bare maximum of ||map - map'|| over a ball. Dividing by the map's norm
+    Yeh et al. 2019 have the bare maximum of ||map - map'|| over a ball. Dividing by the map's norm
     (Quantus 0.6) makes explainers of different scale comparable; dividing by the image's (the study) does not.
     """
 
     family = "robustness"
-    paper = "Yeh et al. 2019, On the (in)fidelity and sensitivity of explanations, definition 2"
+    paper = "Yeh et al. 2019, On the (in)fidelity and sensitivity of explanations"
     higher_is_better = False
     bounds = (0.0, float("inf"))
     Options = SensitivityOptions

@@ -40,7 +40,7 @@ class SensitivityNOptions(Steps):
 class SensitivityN(PlanMetric):
     """Correlation of (relevance removed) with (drop of the output), in [-1, 1].
 
-    Ancona et al. 2018, section 4, definition of Sensitivity-n: for each n the Pearson correlation over random sets of n
+    Ancona et al. 2018: for each n the Pearson correlation over random sets of n
     features, per image; the score is the mean over n. Features are the model's tokens. A size at which one side is
     constant has no correlation and is left out of the mean.
 
@@ -52,7 +52,7 @@ class SensitivityN(PlanMetric):
     name = "sensitivity_n"
     title = "Sensitivity-N"
     family = "faithfulness"
-    paper = "Ancona et al. 2018, Towards better understanding of gradient-based attribution methods, section 4"
+    paper = "Ancona et al. 2018, Towards better understanding of gradient-based attribution methods"
     higher_is_better = True
     bounds = (-1.0, 1.0)
     plan_uses_map = False

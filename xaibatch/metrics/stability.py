@@ -27,13 +27,13 @@ class LipschitzOptions(NoisyCopies):
 class LocalLipschitzEstimate(VariantMetric):
     """Largest ||map - map of copy|| / ||image - copy|| among copies with normal noise; 0 is a map that never moves.
 
-    Alvarez-Melis and Jaakkola 2018, equation 1; like Quantus over normal noise and with 1e-10 added to the distance.
+    Alvarez-Melis and Jaakkola 2018; like Quantus over normal noise and with 1e-10 added to the distance.
     """
 
     name = "local_lipschitz_estimate"
     title = "Local Lipschitz Estimate"
     family = "robustness"
-    paper = "Alvarez-Melis and Jaakkola 2018, On the robustness of interpretability methods, equation 1"
+    paper = "Alvarez-Melis and Jaakkola 2018, On the robustness of interpretability methods"
     higher_is_better = False
     bounds = (0.0, float("inf"))
     Options = LipschitzOptions
@@ -117,11 +117,11 @@ class RelativeStability(VariantMetric):
 
 @METRICS.register("relative_input_stability")
 class RelativeInputStability(RelativeStability):
-    """The map's relative change over the image's: Agarwal et al. 2022, equation 2."""
+    """The map's relative change over the image's: Agarwal et al. 2022."""
 
     name = "relative_input_stability"
     title = "Relative Input Stability"
-    paper = "Agarwal et al. 2022, Rethinking stability for attribution-based explanations, equation 2"
+    paper = "Agarwal et al. 2022, Rethinking stability for attribution-based explanations"
     needs = frozenset({"image"})
 
     def changes(self, view: MapView, answers: tuple[VariantView, ...]) -> NDArray[np.float64]:
@@ -137,11 +137,11 @@ class OutputStabilityOptions(RelativeStabilityOptions):
 
 @METRICS.register("relative_output_stability")
 class RelativeOutputStability(RelativeStability):
-    """The map's relative change over the change of the model's outputs: Agarwal et al. 2022, equation 5."""
+    """The map's relative change over the change of the model's outputs: Agarwal et al. 2022."""
 
     name = "relative_output_stability"
     title = "Relative Output Stability"
-    paper = "Agarwal et al. 2022, Rethinking stability for attribution-based explanations, equation 5"
+    paper = "Agarwal et al. 2022, Rethinking stability for attribution-based explanations"
     Options = OutputStabilityOptions
     options: OutputStabilityOptions
 

@@ -37,7 +37,7 @@ class FaithfulnessEstimateOptions(Steps):
 class FaithfulnessEstimate(PlanMetric):
     """Correlation over groups of entries of (relevance in the group) with (drop of the output without it), in [-1, 1].
 
-    Alvarez-Melis and Jaakkola 2018, section 5.1 (there for single interpretable features). Each group is removed alone.
+    Alvarez-Melis and Jaakkola 2018 (there for single interpretable features). Each group is removed alone.
     """
 
     name = "faithfulness_estimate"
@@ -86,14 +86,14 @@ class MonotonicityOptions(Steps):
 class Monotonicity(PlanMetric):
     """Rank correlation over groups of (relevance) with (variance of the output when the group is filled), in [-1, 1].
 
-    Nguyen and Martinez 2020, section 3.3.1; Quantus's `MonotonicityCorrelation`. The variance is the mean squared
+    Nguyen and Martinez 2020; Quantus's `MonotonicityCorrelation`. The variance is the mean squared
     difference to the image's own output, over its square.
     """
 
     name = "monotonicity"
     title = "Monotonicity (Nguyen)"
     family = "faithfulness"
-    paper = "Nguyen and Martinez 2020, On quantitative aspects of model interpretability, section 3.3.1"
+    paper = "Nguyen and Martinez 2020, On quantitative aspects of model interpretability"
     higher_is_better = True
     bounds = (-1.0, 1.0)
     Options = MonotonicityOptions
@@ -132,7 +132,7 @@ class MonotonicityAryaOptions(Steps):
 class MonotonicityArya(PlanMetric):
     """1 if the output never falls while entries are put into the baseline by rising relevance, else 0.
 
-    Arya et al. 2019, section "Monotonicity". Quantus 0.6 (`Monotonicity`) writes the baseline over the baseline, so its
+    Arya et al. 2019. Quantus 0.6 (`Monotonicity`) writes the baseline over the baseline, so its
     copies never change and it says True for every map; here the image's entries are put in, as the paper says.
     """
 

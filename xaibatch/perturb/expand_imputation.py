@@ -21,7 +21,7 @@ NEIGHBOURS: Final = tuple(
     for columns in (-1, 0, 1)
     if (rows, columns) != (0, 0)
 )
-"""(row, column) offset and weight of a pixel's eight neighbours (Rong et al. 2022, section 5.2); the weights sum to
+"""(row, column) offset and weight of a pixel's eight neighbours (Rong et al. 2022); the weights sum to
 1."""
 
 
