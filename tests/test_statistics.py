@@ -136,6 +136,19 @@ def test_wilson_equals_statsmodels():
         np.testing.assert_allclose(wilson(hits / number, number, stats.norm.ppf(0.975)), expected, atol=1e-12)
 
 
+def test_only_hits_and_misses_get_wilson_s_interval():
+    ones = np.ones((30, 2))
+    hits, share = summarise(ones, np.arange(30), seed=0, hits_K=[True, False])
+    assert (hits.interval.method, share.interval.method) == ("wilson", "constant")
+    assert hits.interval.low < 0.9
+    assert (share.interval.low, share.interval.high) == (1.0, 1.0)
+    # a difference of hits may be 0 or 1 everywhere and still is none: one of thirty excludes nothing
+    differences = np.zeros((30, 1))
+    differences[3] = 1
+    found = compare(differences, np.arange(30), [1], seed=0)[0]
+    assert found.interval.low <= 0
+
+
 def test_bca_agrees_with_scipy():
     values = np.random.default_rng(3).exponential(size=25)
     shift = resampling_weights(25, 20_000, 0) @ (values - values.mean()) / 25

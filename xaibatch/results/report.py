@@ -68,6 +68,7 @@ def _text_context(run: Run, made: Study, image_notes: tuple[str, ...]) -> dict[s
     everything = made.groups[0].title
     by_metric = {m.label: m for m in cube.metrics}
     model = record.get("model", {}).get("name", "a model")
+    written_by = " ".join(["Written by xaibatch", record.get("versions", {}).get("xaibatch", "")]).strip() + "."
     return {
         "css": _asset("report.css"),
         "js": _asset("report.js"),
@@ -103,8 +104,7 @@ def _text_context(run: Run, made: Study, image_notes: tuple[str, ...]) -> dict[s
         "metric_facts": report_tables.facts_table("Metrics", record.get("metrics", {}), _METRIC_FACTS),
         "failures": failure_lines(run),
         "record_json": json.dumps(record, indent=1, ensure_ascii=False),
-        "footer": f"Written by xaibatch {record.get('versions', {}).get('xaibatch', '')}. This file is complete in "
-        "itself and loads nothing.",
+        "footer": f"{written_by} This file is complete in itself and loads nothing.",
     }
 
 

@@ -90,7 +90,7 @@ def _flat(entries: Mapping[str, Any]) -> str:
     """
     shown = []
     for key, value in entries.items():
-        if value is None or value == {} or value == []:
+        if value is None or value in ({}, [], ""):
             continue
         if isinstance(value, Mapping):
             text = f"({_flat(value)})"

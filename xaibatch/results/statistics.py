@@ -63,20 +63,21 @@ def summarise(
     *,
     seed: int,
     bounds_K: Sequence[tuple[float, float]] | None = None,
+    hits_K: Sequence[bool] | None = None,
     confidence: float = 0.95,
     num_resamples: int = NUM_RESAMPLES,
 ) -> tuple[Summary, ...]:
     """Mean, median, spread and interval of each column; NaN entries are counted as not scored and left out.
 
-    bounds_K: the metric's range, to which an interval is clipped. The same seed and number of patients give the same
-    resamples for every column, so that columns of one table are comparable.
+    bounds_K: the metric's range, to which an interval is clipped; hits_K: see `mean_intervals`. The same seed and
+    number of patients give the same resamples for every column, so that columns of one table are comparable.
 
     >>> import numpy as np
     >>> summarise(np.arange(40.0)[:, None], np.arange(40), seed=0)[0].mean
     19.5
     """
     means, errors, lows, highs, methods, num_clusters = mean_intervals(
-        values_IK, clusters_I, seed=seed, confidence=confidence, num_resamples=num_resamples
+        values_IK, clusters_I, seed=seed, hits_K=hits_K, confidence=confidence, num_resamples=num_resamples
     )
     summaries = []
     for k in range(values_IK.shape[1]):
@@ -104,15 +105,16 @@ def mean_intervals(
     clusters_I: NDArray[np.int64],
     *,
     seed: int,
+    hits_K: Sequence[bool] | None = None,
     confidence: float = 0.95,
     num_resamples: int = NUM_RESAMPLES,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[float], list[float], list[Method | None], NDArray[np.int64]]:
     """Return means, standard errors, lower and upper ends, method (None: no interval) and number of patients per
     column.
 
-    Scores that are all 0 or 1 get the Wilson interval with the number of images deflated by the design effect (and
-    Student's quantile where patients have several images); scores that are all equal otherwise get that one point
-    (`constant`).
+    Hits and misses (all 0 or 1; `hits_K` says of which columns that is the scale, None: of all) get the Wilson interval
+    with the number of images deflated by the design effect, and Student's quantile where patients have several images.
+    Other scores that are all equal get that one point (`constant`).
     """
     counts_CK, sums_CK = cluster_sums(values_IK, clusters_I)
     num_columns = values_IK.shape[1]
@@ -135,7 +137,7 @@ def mean_intervals(
         low, high, how = _studentised_or_edgeworth(residuals_Ck, n_Ck, errors[columns], tail, seed, num_resamples)
         for j, k in enumerate(columns):
             scored = values_IK[np.isfinite(values_IK[:, k]), k]
-            if np.isin(scored, (0.0, 1.0)).all():
+            if (hits_K is None or hits_K[k]) and np.isin(scored, (0.0, 1.0)).all():
                 z = float(ndtri(1 - tail) if num == scored.size else stdtrit(num - 1, 1 - tail))
                 lows[k], highs[k] = wilson(float(means[k]), _effective_number(scored, float(errors[k]), num), z)
                 methods[k] = "wilson"

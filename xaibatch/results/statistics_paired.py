@@ -77,7 +77,12 @@ def compare(
     signs_K: +1 where higher is better, -1 where lower is, 0 where neither.
     """
     means, errors, lows, highs, methods, num_clusters = mean_intervals(
-        differences_IK, clusters_I, seed=seed, confidence=1 - alpha, num_resamples=num_resamples
+        differences_IK,
+        clusters_I,
+        seed=seed,
+        hits_K=[False] * differences_IK.shape[1],
+        confidence=1 - alpha,
+        num_resamples=num_resamples,
     )
     testable = num_clusters >= MIN_CLUSTERS
     p_values = np.full(len(means), np.nan)

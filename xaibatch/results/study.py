@@ -92,7 +92,8 @@ def summaries(cube: ScoreCube, group: Group, *, seed: int) -> dict[tuple[str, st
     """(explainer, metric) -> mean and interval over the group's images, repeats of an image averaged first."""
     values_IK = _columns(cube.image_means(), group)
     bounds = [metric.bounds for _ in cube.explainers for metric in cube.metrics]
-    found = summarise(values_IK, cube.clusters_I[group.rows_I], seed=seed, bounds_K=bounds)
+    hits = [hit for _ in cube.explainers for hit in _hits(cube)]
+    found = summarise(values_IK, cube.clusters_I[group.rows_I], seed=seed, bounds_K=bounds, hits_K=hits)
     keys = [(explainer, metric.label) for explainer in cube.explainers for metric in cube.metrics]
     return dict(zip(keys, found, strict=True))
 
@@ -135,6 +136,12 @@ def _compared(
     signs = [metric.sign for _ in pairs for metric in cube.metrics]
     found = compare(differences_IK, cube.clusters_I[group.rows_I], signs, seed=seed, alpha=alpha)
     return dict(zip(keys, found, strict=True))
+
+
+def _hits(cube: ScoreCube) -> list[bool]:
+    """Whether a metric only ever gave 0 or 1, to any explainer."""
+    values_MK = np.moveaxis(cube.values_EMIR, 1, 0).reshape(len(cube.metrics), -1)
+    return [bool(np.isin(row[np.isfinite(row)], (0.0, 1.0)).all()) for row in values_MK]
 
 
 def _columns(values_PMI: NDArray[np.float64], group: Group) -> NDArray[np.float64]:

@@ -87,11 +87,12 @@
   function number(value) {
     if (value === null) return "not scored";
     const size = Math.abs(value);
-    return size >= 1000 ? value.toLocaleString("en", { maximumFractionDigits: 0 }) : size >= 10 ? value.toFixed(1) : value.toFixed(3);
+    const text = size >= 1000 ? value.toLocaleString("en", { maximumFractionDigits: 0 }) : size >= 10 ? value.toFixed(1) : value.toFixed(3);
+    return text.replace("-", "−");
   }
   function element(name, text, parent, look) { const e = document.createElement(name); if (text) e.textContent = text; if (look) e.className = look; parent.appendChild(e); return e; }
   const outcome = function (item) { return item.label === null ? "" : item.label === item.predicted ? "correct" : "wrong"; };
-  const said = function (item) { return "predicted " + item.predicted + (item.p === null ? "" : " (p = " + item.p.toFixed(2) + ")") + (item.label === null ? "" : outcome(item) === "correct" ? " ✓" : " ✗"); };
+  const said = function (item) { return (item.label === null ? "" : outcome(item) === "correct" ? "✓ " : "✗ ") + "predicted " + item.predicted + (item.p === null ? "" : ", p = " + item.p.toFixed(2)); };
 
   function chosen() {
     const e = Number($("b-explainer").value), m = Number($("b-metric").value), order = $("b-order").value;
@@ -120,9 +121,9 @@
       const canvas = element("canvas", "", card);
       canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", data.explainers[e].title + " on " + item.id);
       paint(canvas, item, e, 160);
-      element("b", data.metrics[m].title + " " + number(item.scores[e][m]), card);
+      element("b", number(item.scores[e][m]), card).title = data.metrics[m].title;
       element("span", item.label === null ? "no label" : item.label, card);
-      element("span", said(item), card, outcome(item) === "wrong" ? "wrong" : "");
+      element("span", said(item), card, outcome(item) === "wrong" ? "wrong" : "").title = said(item);
       element("span", item.id, card).title = item.id;
       card.addEventListener("click", function () { open(item); });
     });
