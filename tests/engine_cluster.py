@@ -54,7 +54,12 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("RAY_TMPDIR", folder)
         made = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False},
+            head_node_args={
+                "num_cpus": 2,
+                "num_gpus": 0,
+                "include_dashboard": False,
+                "_system_config": {"metrics_report_interval_ms": 500},
+            },
         )
         ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
         try:

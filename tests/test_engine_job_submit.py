@@ -118,14 +118,13 @@ def test_submitted_job(head: tuple[str, dict[str, str]], images: Path, tmp_path:
     config = toy_config(images, tmp_path / "a run", **SETTINGS)
     plain = evaluate(toy_config(images, tmp_path / "plain", **SETTINGS), run_local, Watch())
     file = write_config(config.model_copy(update={"output": None}), tmp_path / "toy.yaml")
-    code, log = submit(
-        head, "--config", str(file), "--output", str(tmp_path / "a run"), "--set", "maps.upsampling=bilinear"
-    )
+    output = str(tmp_path / "a run")
+    code, log = submit(head, "--config", str(file), "--output", output, "--set", "maps.upsampling=bilinear")
     assert code == 0, log
     assert_same_rows(output, plain.folder)
     assert "1 model replica ready" in log and "4 of 4 cells, 12 images" in log and "where the time went: model" in log
     assert "\x1b[?25l" not in log  # no live view in a log
-    assert "Traceback" not in log and "effective_complexity" in log
+    assert "Traceback" not in log and "12 scored" in log and f"results: {output}" in log
 
 
 def test_a_usage_error_fails_the_job_readably(head: tuple[str, dict[str, str]], images: Path) -> None:

@@ -3,11 +3,15 @@ missing."""
 
 import io
 import json
+import re
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from tests.engine_cluster import assert_same_rows
@@ -50,6 +54,21 @@ def run(images: Path, output: Path, **settings: object) -> tuple[Outcome, str]:
     return evaluate(toy_config(images, output, **SETTINGS | settings), run_on_ray, watcher), lines.getvalue()
 
 
+def metrics(name: str, enough: float) -> dict[str, list[float]]:
+    """What Prometheus would read from the node's agent, by metric, once the values of `name` add up to `enough`."""
+    (port,) = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
+    deadline = time.monotonic() + 30
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            found = re.findall(r"^ray_(xaibatch_\w+)\{.*\} (\S+)$", answer.read().decode(), re.MULTILINE)
+        values: dict[str, list[float]] = {}
+        for key, value in found:
+            values.setdefault(key, []).append(float(value))
+        if sum(values.get(name, [])) >= enough or time.monotonic() > deadline:
+            return values
+        time.sleep(0.5)
+
+
 def test_equals_plain_engine_and_resumes(cluster: Cluster, images: Path, tmp_path: Path, plain: RunFolder) -> None:
     """Two replicas against the plain loop: predictions, maps (superpixels made in CPU tasks, noisy copies' too) and
     scores are equal to the last bit. Then some parts are removed, one is cut short and a stranger is put beside them:
@@ -62,7 +81,12 @@ def test_equals_plain_engine_and_resumes(cluster: Cluster, images: Path, tmp_pat
 
     state = json.loads((tmp_path / "run" / "progress.json").read_text())
     assert state["state"] == "done" and state["num_cells"] == 15 and state["seconds_by_stage"]["segmentation"] > 0
-    assert state["num_forward_passes"] == plain.read_json("run.json")["sessions"][0]["num_forward_passes"]
+    num_passes = state["num_forward_passes"]
+    assert num_passes == plain.read_json("run.json")["sessions"][0]["num_forward_passes"]
+    shown = metrics("xaibatch_forward_passes_total", num_passes / 2)  # what came in since the last report may be lost
+    assert num_passes / 2 <= sum(shown["xaibatch_forward_passes_total"]) <= num_passes
+    assert 6 <= sum(shown["xaibatch_images_total"]) <= 12
+    assert {"xaibatch_shards_open", "xaibatch_cells_waiting", "xaibatch_replicas_ready"} <= set(shown)
 
     parts = sorted((tmp_path / "run" / "scores").rglob("*.parquet"))
     parts[0].unlink()

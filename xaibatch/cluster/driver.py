@@ -104,7 +104,6 @@ class _Driver:
         for ref in self._cells:
             ray.cancel(ref, force=False, recursive=False)
         self._pool.close()
-        self._progress.replicas(0)
 
     # -- replicas
 
