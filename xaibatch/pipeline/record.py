@@ -49,7 +49,7 @@ def new_record(
         "model": dict(model),
         "data": describe_data(config, dataset),
         "explainers": describe_explainers(config),
-        "metrics": describe_metrics(config),
+        "metrics": describe_metrics(config, model),
         "precision": dict(precisions),
         "versions": versions(),
         "code": code_state(),
@@ -153,8 +153,10 @@ def describe_explainers(config: RunConfig) -> dict[str, Any]:
     return described
 
 
-def describe_metrics(config: RunConfig) -> dict[str, Any]:
+def describe_metrics(config: RunConfig, model: Mapping[str, Any]) -> dict[str, Any]:
     """Per label: method, options in full, title, paper, direction, bounds, family."""
+    preprocessing = model["preprocessing"]
+    shape_CHW = (preprocessing["channels"], *preprocessing["image_size"])
     return {
         label: {
             "method": method_of(label, config.metrics[label])[0],
@@ -164,7 +166,7 @@ def describe_metrics(config: RunConfig) -> dict[str, Any]:
             "family": metric.family,
             "higher_is_better": metric.higher_is_better,
             "bounds": [None if abs(bound) == float("inf") else bound for bound in metric.bounds],
-            "num_forward_passes": metric.num_forward_passes(len(config.explainers)),
+            "num_forward_passes": metric.num_forward_passes(len(config.explainers), shape_CHW, model["patch_size"]),
         }
         for label, metric in build_metrics(config).items()
     }

@@ -15,6 +15,7 @@ from xaibatch.pipeline.estimate import Estimate, estimate
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.record import RECORD, check_same, job_of, new_record, now
 from xaibatch.pipeline.work import FailedCell, Progress, ShardWork, pending
+from xaibatch.results.frames import open_run
 from xaibatch.results.lock import RunLock
 from xaibatch.results.parts import RunFolder
 from xaibatch.types import Shard
@@ -81,7 +82,7 @@ def evaluate(config: RunConfig, engine: Engine, watcher: Watcher, calibrate: Cal
         if not failed and not pending(job, cut) and record["status"] != "finished":
             record["status"], record["finished"] = "finished", now()
             folder.write_json(record, RECORD)
-        num_image_failures = folder.read("failures").num_rows
+        num_image_failures = open_run(folder.url).failures.arrow().num_rows
     return Outcome(
         folder=folder,
         record=record,
