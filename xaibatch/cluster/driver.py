@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
 from xaibatch.cluster import cells
 from xaibatch.cluster.connect import connected
+from xaibatch.cluster.losses import describe, is_loss, root
 from xaibatch.cluster.pool import ReplicaPool, Slot
 from xaibatch.cluster.replica import Replica
 from xaibatch.cluster.telemetry import DriverMeter
@@ -29,8 +29,10 @@ from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.stopping import StopFlag
 from xaibatch.pipeline.work import EXPLAIN, FailedCell, Progress, ShardWork
 
-POLL_S: Final = 0.5
-"""Seconds that the driver waits for a cell before it looks around (signals, nodes, replicas)."""
+POLL_S: Final = 0.1
+"""Seconds that the driver collects finished cells before it looks around (signals, nodes, replicas). Waiting for all
+open cells with a limit costs one call however many of them end; waiting for the next one would cost a call for
+each."""
 
 FIRST_PAUSE_S: Final = 0.5
 """Pause before a failed shard's second attempt; doubles with every further one."""
@@ -189,12 +191,9 @@ class _Driver:
 
     def _finished(self) -> list[Any]:
         if not self._cells:
-            time.sleep(POLL_S / 5)
+            time.sleep(POLL_S)
             return []
-        refs = list(self._cells)
-        done, rest = ray.wait(refs, num_returns=1, timeout=POLL_S)
-        if done and rest:
-            done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        done: list[Any] = ray.wait(list(self._cells), num_returns=len(self._cells), timeout=POLL_S)[0]
         return done
 
     def _settle(self, refs: Sequence[Any]) -> None:
@@ -247,22 +246,3 @@ class _Driver:
         cell = FailedCell(shard=shard.work.shard.name, stage=stage, error=describe(error))
         self._failed.append(cell)
         self._progress.failed(cell)
-
-
-def is_loss(error: BaseException) -> bool:
-    """Whether a step was lost with its process or node, rather than raising an error of its own."""
-    return isinstance(root(error), RayError)
-
-
-def root(error: BaseException) -> BaseException:
-    """The error that a chain of Ray's wrappers is about: what the failing step raised, or how it was lost."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
-
-
-def describe(error: BaseException) -> str:
-    """One line of a cell's last error."""
-    error = root(error)
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"

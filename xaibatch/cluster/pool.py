@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from xaibatch.cluster.connect import ONE_THREAD
+from xaibatch.cluster.losses import describe
 from xaibatch.cluster.nodes import NodeCheck
 from xaibatch.cluster.replica import Replica, ReplicaFacts
 from xaibatch.config import EngineConfig
@@ -143,7 +144,7 @@ class ReplicaPool:
             try:
                 slot.facts = ray.get(ref)
             except Exception as error:
-                self._last_error = str(getattr(error, "cause", None) or error)
+                self._last_error = describe(error)
                 self._failures[slot.place] = self._failures.get(slot.place, 0) + 1
                 self.drop(slot)
                 gone.append(slot)

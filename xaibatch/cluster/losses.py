@@ -1,0 +1,22 @@
+"""An exception that a step's reference raised in, what it means out: the step's own error, or a loss of its process."""
+
+from ray.exceptions import RayError, RayTaskError
+
+
+def root(error: BaseException) -> BaseException:
+    """The error that a chain of Ray's wrappers is about: what the failing step raised, or how it was lost."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether a step was lost with its process or node, rather than raising an error of its own."""
+    return isinstance(root(error), RayError)
+
+
+def describe(error: BaseException) -> str:
+    """One line: an error's own first line; of Ray's longer accounts the last line, which names the cause."""
+    error = root(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[-1] if isinstance(error, RayError) else lines[0]}"
