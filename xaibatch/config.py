@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -67,8 +68,9 @@ class PrecisionConfig(Options):
 class EngineConfig(Options):
     """How the work is cut and where it runs. Only `shard_size` and the batch sizes belong to the run's identity."""
 
-    shard_size: int = Field(default=16, ge=1)
-    """Images a shard."""
+    shard_size: int = Field(default=0, ge=0)
+    """Images a shard; 0: an eighth of the images, at most 16, so that a small run shows progress and loses little when
+    it is killed."""
     batch_size: int = Field(default=0, ge=0)
     """Perturbed copies in one forward pass; 0: chosen for the device."""
     explain_batch_size: int = Field(default=0, ge=0)
@@ -86,6 +88,15 @@ class EngineConfig(Options):
     shards_in_flight: int = Field(default=2, ge=1)
     """Shards a replica has queued: the bounded window."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+    def images_per_shard(self, num_images: int) -> int:
+        """The shard size that a run of `num_images` uses; follows from the configuration and the data alone.
+
+        >>> EngineConfig().images_per_shard(12), EngineConfig().images_per_shard(1000)
+        (2, 16)
+        """
+        return self.shard_size or min(max(1, math.ceil(num_images / 8)), 16)
 
 
 class RunConfig(Options):

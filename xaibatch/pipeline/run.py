@@ -65,7 +65,7 @@ def evaluate(config: RunConfig, engine: Engine, watcher: Watcher, calibrate: Cal
         folder.sweep()
         record = _open_record(config, folder, dataset, calibrate)
         job = job_of(record, config, folder)
-        cut = shards(dataset.records, config.engine.shard_size)
+        cut = shards(dataset.records, config.engine.images_per_shard(len(dataset)))
         work = pending(job, cut)
         failed: list[FailedCell] = []
         if work:
@@ -98,7 +98,7 @@ def preview(config: RunConfig) -> Estimate:
     folder = RunFolder(config.output or f"runs/{_name(config, dataset)}")
     record = _new_record(config, folder, dataset)
     job = job_of(record, config, folder)
-    return estimate(job, pending(job, shards(dataset.records, config.engine.shard_size)), record)
+    return estimate(job, pending(job, shards(dataset.records, config.engine.images_per_shard(len(dataset)))), record)
 
 
 def choose_images(config: RunConfig) -> DataSet:
