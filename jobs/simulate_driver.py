@@ -44,8 +44,7 @@ METRICS = ("faithfulness_correlation", "pixel_flipping", "avg_sensitivity", "eff
 SHARD_SIZE = 16
 NUM_IMAGES = 1_000_000
 NUM_GPUS = 100
-OPEN_SHARDS = 2 * NUM_GPUS
-"""Two shards in flight for each of a hundred replicas, here all on one: the driver waits on as many references."""
+SHARDS_IN_FLIGHT = 2
 
 
 class Pretending(Replica):
@@ -84,14 +83,14 @@ class Counting:
         pass
 
 
-def job_of(output: Path) -> Job:
+def job_of(output: Path, open_shards: int = 1) -> Job:
     config: RunConfig = load_config(
         None,
         {
             "explainers": {name: {} for name in EXPLAINERS},
             "metrics": {name: {} for name in METRICS},
             "engine.shard_size": SHARD_SIZE,
-            "engine.shards_in_flight": OPEN_SHARDS,
+            "engine.shards_in_flight": open_shards,
             "engine.replicas": 1,
             "engine.threads": 1,
         },
@@ -127,10 +126,10 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def run_cells(num_shards: int) -> dict[str, Any]:
+def run_cells(num_shards: int, open_shards: int) -> dict[str, Any]:
     """Run pretended cells; the driver's processor time (all its threads) and the growth of its memory."""
     with tempfile.TemporaryDirectory() as folder:
-        job = job_of(Path(folder) / "run")
+        job = job_of(Path(folder) / "run", open_shards)
         job.folder.create()
         work = pending(job, index(num_shards * SHARD_SIZE))
         progress = Counting()
@@ -189,12 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--shards", type=int, nargs=2, default=(400, 1200), help="the two sizes that are run")
     parser.add_argument("--parts", type=int, nargs=2, default=(4000, 12000), help="shards of the two listings")
     parser.add_argument("--images", type=int, default=1_000_000, help="images of the index whose memory is measured")
+    # the shards in flight of a hundred replicas, here all on one: the driver waits on as many references
+    parser.add_argument("--open-shards", type=int, default=NUM_GPUS * SHARDS_IN_FLIGHT, help="shards open at a time")
     asked = parser.parse_args(arguments)
     bytes_an_image = index_bytes(asked.images)
     listings = [list_parts(num) for num in asked.parts]
     with tempfile.TemporaryDirectory() as folder, connected(job_of(Path(folder)).config.engine):
-        run_cells(20)  # workers start
-        runs = [run_cells(num) for num in asked.shards]
+        run_cells(20, asked.open_shards)  # workers start
+        runs = [run_cells(num, asked.open_shards) for num in asked.shards]
     num_groups = len(job_of(Path(tempfile.gettempdir())).groups)
     num_cells = NUM_IMAGES // SHARD_SIZE * (1 + num_groups)
     cost = runs[-1]["driver_cpu_ms_per_cell"] / 1e3
