@@ -105,7 +105,7 @@ def _cells(timings: Mapping[str, Timing], num_images: int, forward_batch: int) -
     if "forward" in timings:
         scale = forward_batch / num_images
         cells["forward equivalents"] = ratio(ours, timings["forward"], scale=scale)
-        cells["the same in CPU time"] = ratio(ours, timings["forward"], "cpu", scale=scale).median
+        cells["equivalents, CPU time"] = ratio(ours, timings["forward"], "cpu", scale=scale).median
     stock = timings.get("stock")
     cells["stock images/s"] = stock.rate(num_images) if stock else None
     cells["stock / ours, wall"] = ratio(stock, ours) if stock else None
@@ -143,6 +143,7 @@ def _seven_lines(bench: ExplainerBench) -> list[Line]:
     missing = sorted(set(SEVEN) - set(names))
     together = _cells({"ours": timings["together"], "forward": timings["forward"]}, num, num)
     together["over TransformerLRP alone"] = ratio(timings["together"], timings["lrp"])
+    together["over it, CPU time"] = ratio(timings["together"], timings["lrp"], "cpu").median
     together["peak MiB"] = megabytes(peak_bytes(work["together"], options.device))
     return [
         Line(

@@ -108,17 +108,20 @@ def _measured(setting: Setting, config: Any, ours: Mapping[str, OurProtocol], no
     elif "stock" in errors:
         lines.append(Line(name="stock pieces", remark=f"failed: {errors['stock']}"))
     else:
-        passes = _stock_passes(setting, config)
+        passes, refused = _stock_passes(setting, config)
         cells: dict[str, Cell] = {
             "s an image": timings["stock"].per(num),
             "CPU s an image": timings["stock"].per(num, "cpu").median,
             "forward passes": passes,
         }
-        lines.append(Line(name="stock pieces", cells=cells, remark="batch one, LIME batch ten, Quantus per explainer"))
+        remark = "batch one, LIME batch ten, Quantus per explainer"
+        if refused:
+            remark += f"; Quantus refused {refused} of one image's calls (all-zero map)"
+        lines.append(Line(name="stock pieces", cells=cells, remark=remark))
     batches = ", ".join(f"{name} {forward.batch}" for name, forward in floors.items())
     return Part(
         name="protocol",
-        title=f"the study's protocol (paper.yaml), {setting.options.model}, {num} images",
+        title=f"the study's protocol (paper.yaml), {setting.options.model}, images: {num}",
         lines=lines,
         profiled={name: one.run for name, one in ours.items()},
         notes=[
@@ -234,11 +237,12 @@ def _segmentation(setting: Setting, config: Any) -> None:
             segment((image_CHW + noise).astype(np.float32), setting.segmentation)
 
 
-def _stock_passes(setting: Setting, config: Any) -> int:
-    """Images through the model for one image's stock protocol, counted."""
+def _stock_passes(setting: Setting, config: Any) -> tuple[int, int]:
+    """Images through the model for the first image's stock protocol, and Quantus calls that were refused; counted."""
     counting = CountingModel(setting.model)
+    stock = StockProtocol(counting, config, setting.device)
     try:
-        StockProtocol(counting, config, setting.device).run(setting.images_BCHW[0], int(setting.labels_B[0]))
-        return counting.num_images
+        stock.run(setting.images_BCHW[0], int(setting.labels_B[0]))
+        return counting.num_images, stock.num_refused
     finally:
         counting.close()

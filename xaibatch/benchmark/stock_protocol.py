@@ -79,25 +79,30 @@ class StockProtocol:
         self.device = device
         self.explain_one = _explainers(config)
         self.metrics = _metrics(config)
+        self.num_refused = 0
 
     def run(self, image_CHW: Tensor, label: int) -> dict[tuple[str, str], float]:
-        """Scores of one image by (explainer, metric)."""
+        """Scores of one image by (explainer, metric); those that Quantus refuses are left out and counted."""
         x_BCHW = image_CHW[None].cpu().numpy()
         maps = {name: self._map(name, image_CHW) for name in self.explain_one}
         scores = {}
         for name, map_HW in maps.items():
             for metric, (quantus_name, options) in self.metrics.items():
-                result = stock_score(
-                    quantus_name,
-                    options,
-                    model=self.model,
-                    x_BCHW=x_BCHW,
-                    y_B=np.array([label]),
-                    maps_B1HW=map_HW[None, None],
-                    explain_func=self._explain_func(name),
-                    batch_size=1,
-                    device=self.device,
-                )
+                try:
+                    result = stock_score(
+                        quantus_name,
+                        options,
+                        model=self.model,
+                        x_BCHW=x_BCHW,
+                        y_B=np.array([label]),
+                        maps_B1HW=map_HW[None, None],
+                        explain_func=self._explain_func(name),
+                        batch_size=1,
+                        device=self.device,
+                    )
+                except AssertionError:  # an all-zero map: Quantus refuses it, and saves itself the work
+                    self.num_refused += 1
+                    continue
                 scores[name, metric] = float(np.asarray(result, np.float64).reshape(-1)[0])
         return scores
 
