@@ -1,13 +1,15 @@
 """The engine's settings in, a connection to a Ray cluster out: one of this machine's own, a given one, or the
 surrounding job's.
 
-A cluster of this machine's own lives in a private temporary folder and ends with this process. With `--address` (or
+A cluster of this machine's own lives in a private temporary folder, asks for a token that only this process and its
+children know, and ends with this process. With `--address` (or
 inside `ray job submit`, which sets RAY_ADDRESS) the existing cluster is joined and left as it is. Where that cluster
 asks for a token, Ray reads it from RAY_AUTH_TOKEN, or from the file RAY_AUTH_TOKEN_PATH (else ~/.ray/auth_token).
 """
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBL
 """Environment of everything that is not a replica: parallelism comes from tasks, not from threads inside them."""
 
 _PREFIX: Final = "xaibatch-ray-"
+_TOKEN_SETTINGS: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @contextmanager
@@ -76,6 +79,8 @@ def _joined(address: str) -> Iterator[None]:
 def _own_cluster() -> Iterator[None]:
     """A cluster that nothing outside this process can be surprised by: own ports, own folder, no dashboard."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not any(name in os.environ for name in _TOKEN_SETTINGS):  # else Ray writes one into the home folder, for good
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     _remove_orphans()
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
     try:
