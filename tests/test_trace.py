@@ -1,4 +1,4 @@
-"""The trace equals model and autograd for every supported ViT, leaves it as it was, is lazy and lean, refuses others."""
+"""The trace equals model and autograd for every supported ViT, leaves it alone, is lazy and lean, refuses others."""
 
 import copy
 from collections.abc import Callable
@@ -187,13 +187,14 @@ def test_peak_memory_is_within_half_again_of_forward_and_backward() -> None:
     """Against timm's forward and autograd's backward that keep attention maps and their gradients."""
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=6).eval().requires_grad_(False)
     images, targets = torch.randn(4, 3, 224, 224), torch.tensor([0, 1, 2, 0])
+    maps: list[Tensor] = []
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda module, args, output: maps.append(output))
 
     def plain() -> object:
-        maps: list[Tensor] = []
-        twin = copy.deepcopy(model)
-        for block in twin.blocks:
-            block.attn.fused_attn = False
-            block.attn.attn_drop.register_forward_hook(lambda module, args, output: maps.append(output))
+        maps.clear()
         logits = twin(images.clone().requires_grad_())
         return maps, torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), maps)
 

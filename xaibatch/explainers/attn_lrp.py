@@ -62,11 +62,11 @@ class AttnLRPRules(step.PlainRules):
         self.gamma_conv = gamma_conv
         self.gamma_linear = gamma_linear
 
-    def linear(self, layer: Affine, x: Tensor, y: Tensor, g: Tensor) -> Tensor:
+    def linear(self, layer: Affine, x: step.Values, y: Tensor, g: Tensor) -> Tensor:
         return (
             super().linear(layer, x, y, g)
             if self.gamma_linear is None
-            else gamma_rule(layer, x, y, g, self.gamma_linear)
+            else gamma_rule(layer, x(), y, g, self.gamma_linear)
         )
 
     def patch(self, layer: Affine, x: Tensor, y: Tensor, g: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ class AttnLRPRules(step.PlainRules):
         g = step.weighted(norm, g) * step.inverse_scale(norm, x)
         return g.sub_(g.mean(-1, keepdim=True)) if isinstance(norm, nn.LayerNorm) else g
 
-    def activation(self, act: Callable[[Tensor], Tensor], t: Tensor, y: Tensor, g: Tensor) -> Tensor:
-        return (g * y).div_(t + INPUT_STABILISER)
+    def activation(self, act: Callable[[Tensor], Tensor], t: Tensor, y: step.Values, g: Tensor) -> Tensor:
+        return (g * y()).div_(t + INPUT_STABILISER)
 
 
 class HybridRules(AttnLRPRules):

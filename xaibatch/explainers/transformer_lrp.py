@@ -158,9 +158,10 @@ def _to_attention(block: BlockRecord, r_BQD: Tensor) -> tuple[Tensor, Tensor, Te
     """
     layers, middle = block.layers, block.middle
     r_stream, r = sum_relevance(middle, block.f_BQD, r_BQD)
-    r = linear_relevance(layers.mlp_out, block.hidden_BQF, block.f_BQD, r)
+    hidden = block.hidden()
+    r = linear_relevance(layers.mlp_out, hidden, block.f_BQD, r)
     if layers.gated:
-        half = copy_relevance(block.hidden_BQF, r).mul_(0.5)
+        half = copy_relevance(hidden, r).mul_(0.5)
         r = layers.join(half, half)
     r = linear_relevance(layers.mlp_in, block.n2_BQD, block.pre_BQF, r)
     r = copy_relevance(middle, r.add_(r_stream))

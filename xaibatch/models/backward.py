@@ -8,6 +8,7 @@ width, F hidden width, K classes, I pixels of a patch. `g_` marks a gradient.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torch.nn import functional
 
 from xaibatch.models.forward import BlockRecord, ForwardRecord, heads, side_by_side, split_heads
 from xaibatch.models.vit import Affine
+
+Values = Callable[[], Tensor]
+"""A layer's values, computed when called: the ordinary gradient does without, so that they need not be kept."""
 
 
 class PlainRules:
@@ -28,7 +32,7 @@ class PlainRules:
     v_factor = 1.0
     gate_factor = 1.0
 
-    def linear(self, layer: Affine, x: Tensor, y: Tensor, g: Tensor) -> Tensor:
+    def linear(self, layer: Affine, x: Values, y: Tensor, g: Tensor) -> Tensor:
         """MLP layers and head: from input x, output y and the output's gradient g."""
         return g @ layer.weight_OI
 
@@ -49,7 +53,7 @@ class PlainRules:
         normed, g = x * inverse, weighted(norm, g) * inverse
         return g - normed * (g * normed).mean(-1, keepdim=True)
 
-    def activation(self, act: Callable[[Tensor], Tensor], t: Tensor, y: Tensor, g: Tensor) -> Tensor:
+    def activation(self, act: Callable[[Tensor], Tensor], t: Tensor, y: Values, g: Tensor) -> Tensor:
         """An element-wise activation from input t, output y and the output's gradient g."""
         if isinstance(act, nn.GELU):
             return torch.ops.aten.gelu_backward(g, t, approximate=act.approximate)
@@ -62,7 +66,7 @@ def inverse_scale(norm: nn.Module, x: Tensor) -> Tensor:
     """One over what the norm divides by: the standard deviation, for RmsNorm the root mean square, (..., 1)."""
     assert isinstance(norm.eps, float)
     if isinstance(norm, nn.LayerNorm):
-        return torch.native_layer_norm(x, list(norm.normalized_shape), None, None, norm.eps)[2]
+        return torch.native_layer_norm(x, list(norm.normalized_shape), None, None, norm.eps)[2].to(x.dtype)
     return torch.rsqrt((x * x).mean(-1, keepdim=True) + norm.eps)
 
 
@@ -79,7 +83,7 @@ def one_hot(targets_B: Tensor, record: ForwardRecord) -> Tensor:
 def through_head(record: ForwardRecord, g_BK: Tensor, rules: PlainRules) -> Tensor:
     """Logits to the last block's output (B,Q,D)."""
     layers = record.layers
-    g_BD = rules.linear(layers.head, record.features_BD, record.logits_BK, g_BK)
+    g_BD = rules.linear(layers.head, lambda: record.features_BD, record.logits_BK, g_BK)
     g_BD = rules.norm(layers.fc_norm, record.pooled_BD, g_BD)
     g = torch.zeros_like(record.final_BQD)
     if layers.class_pooling:
@@ -93,15 +97,16 @@ def through_head(record: ForwardRecord, g_BK: Tensor, rules: PlainRules) -> Tens
 def through_mlp(block: BlockRecord, g_BQD: Tensor, rules: PlainRules) -> Tensor:
     """A block's output to the residual stream between attention and MLP (B,Q,D)."""
     layers = block.layers
-    g = rules.linear(layers.mlp_out, block.hidden_BQF, block.f_BQD, g_BQD)
+    hidden = cache(block.hidden)
+    g = rules.linear(layers.mlp_out, hidden, block.f_BQD, g_BQD)
     if layers.gated:
         gate, value = layers.halves(block.pre_BQF)
         active = layers.act(gate)
         g = g * rules.gate_factor if rules.gate_factor != 1 else g
-        g = layers.join(rules.activation(layers.act, gate, active, g * value), g * active)
+        g = layers.join(rules.activation(layers.act, gate, lambda: active, g * value), g * active)
     else:
-        g = rules.activation(layers.act, block.pre_BQF, block.hidden_BQF, g)
-    g = rules.linear(layers.mlp_in, block.n2_BQD, block.pre_BQF, g)
+        g = rules.activation(layers.act, block.pre_BQF, hidden, g)
+    g = rules.linear(layers.mlp_in, lambda: block.n2_BQD, block.pre_BQF, g)
     return g_BQD + rules.norm(layers.norm2, block.middle, g)
 
 

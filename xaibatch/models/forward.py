@@ -21,7 +21,8 @@ class BlockRecord:
 
     x_BND block input; n1_BND after norm1; qkv_BNA the three projections side by side (width 3A); q_BhNd, k_BhNd after
     qk-norm, v_BhNd; attention_BhQN after softmax; mixed_BQA attention times v, heads side by side; a_BQD
-    attention branch; n2_BQD after norm2; pre_BQF before the activation; hidden_BQF input of mlp_out; f_BQD MLP branch.
+    attention branch; n2_BQD after norm2; pre_BQF before the activation; f_BQD MLP branch. The hidden layer, the largest
+    and cheap to make from pre_BQF, is not kept.
     """
 
     layers: BlockLayers
@@ -36,7 +37,6 @@ class BlockRecord:
     a_BQD: Tensor
     n2_BQD: Tensor
     pre_BQF: Tensor
-    hidden_BQF: Tensor
     f_BQD: Tensor
 
     @property
@@ -48,6 +48,10 @@ class BlockRecord:
     def middle(self) -> Tensor:
         """The residual stream between attention and MLP (computed anew: one sum)."""
         return self.x_BND[:, : self.num_read] + self.a_BQD
+
+    def hidden(self) -> Tensor:
+        """The input of mlp_out (B,Q,F), computed anew: one activation."""
+        return self.layers.hidden(self.pre_BQF)
 
     def full_attention(self) -> Tensor:
         """Attention with a row for every token; the rows a last block left out are computed here."""
@@ -164,17 +168,12 @@ def _block(layers: BlockLayers, x_BND: Tensor, num_read: int) -> BlockRecord:
     n1 = layers.norm1(x_BND)
     qkv = layers.to_qkv(n1)
     q_raw, k_raw, v = split_heads(qkv, layers.num_heads)
-    q, k, v = layers.q_norm(q_raw).contiguous(), layers.k_norm(k_raw).contiguous(), v.contiguous()
+    q, k = layers.q_norm(q_raw), layers.k_norm(k_raw)
     weights = attention(q[:, :, :num_read], k, layers.scale)
     mixed = side_by_side(weights @ v)
     a = layers.out(mixed)
     n2 = layers.norm2(x_BND[:, :num_read] + a)
     pre = layers.mlp_in(n2)
-    if layers.gated:
-        gate, value = layers.halves(pre)
-        hidden = layers.act(gate) * value
-    else:
-        hidden = layers.act(pre)
     return BlockRecord(
         layers=layers,
         x_BND=x_BND,
@@ -188,6 +187,5 @@ def _block(layers: BlockLayers, x_BND: Tensor, num_read: int) -> BlockRecord:
         a_BQD=a,
         n2_BQD=n2,
         pre_BQF=pre,
-        hidden_BQF=hidden,
-        f_BQD=layers.mlp_out(hidden),
+        f_BQD=layers.mlp_out(layers.hidden(pre)),
     )

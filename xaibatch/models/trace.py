@@ -1,8 +1,8 @@
 """A plain ViT, images and targets in; one recorded forward and, on demand, one backward out, shared by many explainers.
 
 The forward replays the model's layers itself, so the model is only read: no hook, no switch of fused attention, no
-graph, no gradient of any parameter. Images are traced in parts of a few: element-wise work then stays inside a CPU's
-cache, and what an explainer computes on the way is small.
+graph, no gradient of any parameter. Images are traced in parts, on a CPU one by one: element-wise work then stays
+inside its cache, what an explainer computes on the way is small, and a map does not depend on the batch by a bit.
 
 Shape letters: B images, C channels, H W pixels, N tokens, Q tokens whose output is read (N, or 1 in a last block under
 class-token pooling), P patches, D width, h heads, K classes, g v rows and columns of the token grid.
@@ -130,8 +130,8 @@ def record(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, images_per_
 
     The arithmetic is that of the images' dtype, which must be the model's. Raises ModelError for a model that is not a
     plain ViT (see `plain_vit`), for a size it does not take, for another dtype or device, and for a target that is
-    no class. `images_per_part`: images that share a matrix product; changes speed, memory and rounding only
-    (default: by device).
+    no class. Forward hooks on the model's layers are not run. `images_per_part`: images that share a matrix product;
+    changes speed, memory and rounding only (default: by device).
     """
     vit: Any = plain_vit(model)
     weight = vit.head.weight
@@ -161,7 +161,9 @@ def record(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, images_per_
 
 
 def _images_per_part(images_BCHW: Tensor) -> int:
-    """One on a CPU: an image's activations fill the cores' caches anyway, and its map is then the same bit for bit
-    whatever else is in the batch (the relevance rules divide by near-zero sums and would show float32 rounding). All of
-    them on an accelerator, which needs the batch."""
+    """One on a CPU, all on an accelerator, which needs the batch.
+
+    One image's activations fill a core's cache anyway; two share larger matrix products, but their maps then depend on
+    the batch in the last bits, which rules that divide by near-zero sums can make large in float32.
+    """
     return len(images_BCHW) if images_BCHW.device.type != "cpu" else 1

@@ -70,9 +70,16 @@ class BlockLayers:
     gate_first: bool
     mlp_out: Affine
 
-    def halves(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and value of a gated block's hidden layer, views."""
-        first, second = hidden.chunk(2, dim=-1)
+    def hidden(self, pre: Tensor) -> Tensor:
+        """The input of mlp_out from the output of mlp_in."""
+        if not self.gated:
+            return self.act(pre)
+        gate, value = self.halves(pre)
+        return self.act(gate) * value
+
+    def halves(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and value in the output of a gated block's mlp_in, views."""
+        first, second = pre.chunk(2, dim=-1)
         return (first, second) if self.gate_first else (second, first)
 
     def join(self, gate: Tensor, value: Tensor) -> Tensor:
