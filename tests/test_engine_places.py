@@ -12,10 +12,12 @@ from ray.cluster_utils import Cluster
 
 from tests.engine_cluster import assert_same_rows
 from tests.toy import Watch, toy_config
+from xaibatch.cluster.connect import connected
 from xaibatch.cluster.driver import run_on_ray
 from xaibatch.cluster.pool import Place, ReplicaPool, places
 from xaibatch.cluster.replica import Replica
 from xaibatch.config import EngineConfig
+from xaibatch.errors import UsageError
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.local import run_local
 from xaibatch.pipeline.record import job_of
@@ -151,3 +153,12 @@ def test_nodes_come_and_go_during_a_run(
             cluster.remove_node(one)
     assert outcome.ok and not watch.failures
     assert_same_rows(outcome.folder, plain)
+
+
+def test_addresses_that_cannot_be_joined_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with (
+        pytest.raises(UsageError, match=r"Ray Client address.*use `ray job submit"),
+        connected(EngineConfig(address="ray://head:10001")),
+    ):
+        pass

@@ -59,7 +59,7 @@ def evaluate(
     repeats: Annotated[int | None, Option(min=1, help="independent repetitions of every random draw")] = None,
     seed: Annotated[int | None, Option(help="seed of every random draw")] = None,
     precision: Annotated[str | None, Option(help="auto, float32, float64 or bfloat16")] = None,
-    address: Annotated[str | None, Option(help="Ray cluster to join, e.g. auto or ray://host:10001")] = None,
+    address: Annotated[str | None, Option(help="Ray cluster to join: auto, or host:6379 of its head")] = None,
     replicas: Annotated[int | None, Option(min=1, help="model replicas")] = None,
     gpus_per_replica: Annotated[float | None, Option(help="whole GPUs or a fraction that a replica reserves")] = None,
     batch_size: Annotated[int | None, Option(min=1, help="perturbed copies in one forward pass")] = None,

@@ -21,7 +21,7 @@ import ray
 import ray.exceptions
 
 from xaibatch.config import EngineConfig
-from xaibatch.errors import EngineError
+from xaibatch.errors import EngineError, UsageError
 
 ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 """Environment of everything that is not a replica: parallelism comes from tasks, not from threads inside them."""
@@ -34,9 +34,16 @@ _TOKEN_SETTINGS: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 def connected(engine: EngineConfig) -> Iterator[None]:
     """Connect for the time of the block. A connection that the process has already is used and left open.
 
-    Raises EngineError where the cluster cannot be reached or refuses the token.
+    Raises EngineError where the cluster cannot be reached or refuses the token, UsageError for an address of Ray Client
+    (`ray://`), whose connection a run of hours would depend on.
     """
     address = engine.address or os.environ.get("RAY_ADDRESS") or None
+    if address and address.startswith("ray://"):
+        raise UsageError(
+            f"{address!r} is a Ray Client address, whose connection would have to last as long as the run: use "
+            "`ray job submit --address http://host:8265 --working-dir . -- python jobs/evaluate.py ...`, or --address "
+            "auto on one of the cluster's machines"
+        )
     with _quiet():
         if ray.is_initialized():
             yield
@@ -66,8 +73,8 @@ def _joined(address: str) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise EngineError(
-            f"cannot join the Ray cluster at {address!r}: {error}. Start one with `ray start --head`, give its "
-            "--address host:6379 (or `auto` on one of its nodes), or leave --address out"
+            f"cannot join the Ray cluster at {address!r}: {error}. Start one with `ray start --head` and give "
+            "--address auto on one of its machines, or leave --address out"
         ) from None
     try:
         yield
