@@ -155,9 +155,11 @@ class Run:
             with self._autocast(), _seeded(int(draws.integers(2**62)), self.place.device):
                 with with_kept_patches(self.model, first + (last - first) * progress):
                     logits = self._parallel(self._input(images)).float()
-                loss = functional.cross_entropy(
-                    logits, labels, weight=self._class_weights, label_smoothing=options.label_smoothing
+                # Weights average 1 over the set; torch divides by their sum in each batch, which would undo them there.
+                losses = functional.cross_entropy(
+                    logits, labels, label_smoothing=options.label_smoothing, reduction="none"
                 )
+                loss = (self._class_weights[labels] * losses).mean()
             self.optimiser.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.scaler.unscale_(self.optimiser)

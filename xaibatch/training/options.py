@@ -13,24 +13,24 @@ class AugmentationOptions(Options):
     """Changes that leave a frontal radiograph a plausible one: no vertical flip and, by default, no mirror
     image, since the heart has a side."""
 
-    zoom: Range = (0.80, 1.10)
+    zoom: Range = (0.85, 1.05)
     """Share of the image's side that the crop covers; below 1 magnifies."""
-    stretch: float = Field(default=0.08, ge=0)
+    stretch: float = Field(default=0.05, ge=0)
     """Half width of a uniform change of the width against the height."""
-    rotation_degrees: float = Field(default=10.0, ge=0)
+    rotation_degrees: float = Field(default=7.0, ge=0)
     """Largest turn to either side."""
-    shift: float = Field(default=0.06, ge=0)
+    shift: float = Field(default=0.05, ge=0)
     """Largest shift, share of the side."""
     mirror_probability: float = Field(default=0.0, ge=0, le=1)
     """Left-right flip; 0.5 helps small sets where the side of a finding does not matter."""
-    brightness: float = Field(default=0.10, ge=0)
+    brightness: float = Field(default=0.05, ge=0)
     """Largest change, in units of the full range."""
-    contrast: Range = (0.75, 1.30)
+    contrast: Range = (0.85, 1.15)
     """Factor about the image's mean."""
-    gamma: Range = (0.80, 1.25)
-    noise: float = Field(default=0.02, ge=0)
+    gamma: Range = (0.90, 1.10)
+    noise: float = Field(default=0.01, ge=0)
     """Largest standard deviation of Gaussian noise, in units of the full range."""
-    erase_probability: float = Field(default=0.25, ge=0, le=1)
+    erase_probability: float = Field(default=0.1, ge=0, le=1)
     """Probability of covering one rectangle with the image's mean."""
     erase_side: Range = (0.1, 0.35)
     """Sides of that rectangle, share of the image's."""
