@@ -30,7 +30,7 @@ from xaibatch.data.preprocess import Preprocessing
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, ShardExplanations
 from xaibatch.pipeline.work import CellReport, FailedCell, pending
 from xaibatch.results.parts import RunFolder
-from xaibatch.types import ImageRecord, Shard
+from xaibatch.types import Failure, ImageBatch, ImageRecord, Shard
 
 EXPLAINERS = (
     "transformer_lrp",
@@ -53,7 +53,9 @@ class Pretending(Replica):
     def load(self) -> tuple[str, tuple[str, ...]]:
         return "none", ()
 
-    def explain(self, shard: Shard, *segments: Segments) -> tuple[ShardExplanations, Spent]:
+    def explain(
+        self, shard: Shard, batch: ImageBatch, failures: tuple[Failure, ...], *segments: Segments
+    ) -> tuple[ShardExplanations, Spent]:
         nothing = ShardExplanations(
             ids=(), labels_B=np.zeros(0, np.int64), patients=(), shape_CHW=(3, 224, 224), logits_BK=np.zeros((0, 3))
         )

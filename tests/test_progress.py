@@ -64,7 +64,7 @@ def test_lines_sums_and_json(job: Job) -> None:
     watcher.failed(FailedCell(shard="shard-00001", stage="explain", error="ValueError: no"))
     sums = watcher.finish()
     assert sums["seconds_by_stage"] == {
-        "model": 12, "segmentation": 0, "plan": 1, "score": 2, "write": 0.5, "idle": 13,
+        "model": 12, "read": 0, "segmentation": 0, "plan": 1, "score": 2, "write": 0.5, "idle": 13,
     }  # fmt: skip
     assert (sums["num_cells"], sums["num_failed_cells"], sums["num_images"], sums["num_replicas"]) == (2, 1, 4, 2)
     assert state(job)["state"] == "stopped"
@@ -74,7 +74,7 @@ def test_lines_sums_and_json(job: Job) -> None:
     assert any(line.startswith("1/4 cells, 4 images") for line in printed)
     assert printed[-1] == (
         "where the time went: model 12 s (48% of the replicas' time), idle 13 s; beside it: "
-        "segmentation 0.0 s, plan 1.0 s, score 2.0 s, write 0.5 s"
+        "read 0.0 s, segmentation 0.0 s, plan 1.0 s, score 2.0 s, write 0.5 s"
     )
 
 

@@ -1,9 +1,8 @@
 """One shard's work in, a graph of object references out: which steps run where, and what each waits for.
 
-segment_images ─┐
-                explain (replica) ─┬─ write_cell
-                                   ├─ plan_cell ─ answer (replica) ─ score_cell
-                                   └─ adapter_cell (asks the replica)
+read_images ─ segment_images ─ explain (replica) ─┬─ write_cell
+                                                  ├─ plan_cell ─ segment_variants ─ answer (replica) ─ score_cell
+                                                  └─ adapter_cell (asks the replica)
 """
 
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ import ray
 from xaibatch.cluster import tasks
 from xaibatch.cluster.connect import ONE_THREAD
 from xaibatch.cluster.pool import Slot
-from xaibatch.cluster.replica import Spent
 from xaibatch.pipeline.cells import MetricGroup
-from xaibatch.pipeline.job import GroupPlan
+from xaibatch.pipeline.job import GroupPlan, Job
+from xaibatch.pipeline.work import needs_pixels
 from xaibatch.types import Shard
 
 LOST_WORKER_RETRIES: Final = 3
@@ -29,9 +28,10 @@ IMAGES_A_SEGMENTATION_TASK: Final = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explained:
-    """References to a shard's explanations and to what they cost, and the replica that holds its images."""
+    """References to a shard's explanations, its images and what both cost, and the replica that holds the images."""
 
     value: Any
+    batch: Any
     spent: tuple[Any, ...]
     slot: Slot
 
@@ -44,13 +44,16 @@ def _task(name: str, num_returns: int) -> Any:
 
 
 def explain(job_ref: Any, shard: Shard, slot: Slot) -> Explained:
-    """Superpixels beside the model where an explainer wants them, then predictions and maps."""
+    """Images, and superpixels where an explainer wants them, beside the model; then predictions and maps."""
+    batch, failures, read = _task("read_images", 3).remote(job_ref, shard)
     specs, num_pieces = _segmentation(slot, shard)
     pieces = [
-        _task("segment_images", 2).remote(job_ref, shard, specs, piece, num_pieces) for piece in range(num_pieces)
+        _task("segment_images", 2).remote(job_ref, batch, specs, piece, num_pieces) for piece in range(num_pieces)
     ]
-    value, spent = slot.handle.explain.options(num_returns=2).remote(shard, *(segments for segments, _ in pieces))
-    return Explained(value=value, spent=(spent, *(spent for _, spent in pieces)), slot=slot)
+    value, spent = slot.handle.explain.options(num_returns=2).remote(
+        shard, batch, failures, *(segments for segments, _ in pieces)
+    )
+    return Explained(value=value, batch=batch, spent=(spent, read, *(spent for _, spent in pieces)), slot=slot)
 
 
 def write(job_ref: Any, shard: Shard, explained: Explained) -> Any:
@@ -58,24 +61,29 @@ def write(job_ref: Any, shard: Shard, explained: Explained) -> Any:
     return _task("write_cell", 1).remote(job_ref, shard, explained.value, *explained.spent)
 
 
-def score(job_ref: Any, shard: Shard, group: MetricGroup, label: str, explained: Explained, count: bool) -> Any:
+def score(job: Job, job_ref: Any, shard: Shard, group: MetricGroup, explained: Explained, count: bool) -> Any:
     """A metric group's cell: a reference to its report. `count`: reckon the explanations' cost to this cell."""
     before = explained.spent if count else ()
+    batch = explained.batch if needs_pixels(job, group) else None
+    if group.kind == "adapter":
+        return _task("adapter_cell", 1).remote(
+            job_ref, shard, group, explained.value, explained.batch, explained.slot.handle, *before
+        )
     if group.kind == "map":
         return _task("score_cell", 1).remote(
-            job_ref, shard, group, explained.value, GroupPlan(questions=()), (), *before
+            job_ref, shard, group, explained.value, batch, GroupPlan(questions=()), (), *before
         )
-    plan, planned = _task("plan_cell", 2).remote(job_ref, shard, group, explained.value)
+    plan, planned = _task("plan_cell", 2).remote(job_ref, group, explained.value, batch)
     specs, num_pieces = _segmentation(explained.slot, shard) if group.kind == "variant" else ((), 0)
     pieces = [
-        _task("segment_variants", 2).remote(job_ref, shard, plan, specs, piece, num_pieces)
+        _task("segment_variants", 2).remote(job_ref, explained.batch, plan, specs, piece, num_pieces)
         for piece in range(num_pieces)
     ]
     answers, answered = explained.slot.handle.answer.options(num_returns=2).remote(
-        shard, plan, label, *(segments for segments, _ in pieces)
+        shard, plan, group.metrics[0], *(segments for segments, _ in pieces)
     )
     spent = (planned, answered, *(spent for _, spent in pieces), *before)
-    return _task("score_cell", 1).remote(job_ref, shard, group, explained.value, plan, answers, *spent)
+    return _task("score_cell", 1).remote(job_ref, shard, group, explained.value, batch, plan, answers, *spent)
 
 
 def _segmentation(slot: Slot, shard: Shard) -> tuple[tuple[str, ...], int]:
@@ -83,13 +91,3 @@ def _segmentation(slot: Slot, shard: Shard) -> tuple[tuple[str, ...], int]:
     assert slot.facts is not None
     specs = slot.facts.segmentations
     return specs, -(-len(shard.records) // IMAGES_A_SEGMENTATION_TASK) if specs else 0
-
-
-def adapt(job_ref: Any, shard: Shard, group: MetricGroup, explained: Explained, count: bool) -> Any:
-    """An adapter metric's cell: a reference to its report."""
-    return _task("adapter_cell", 1).remote(
-        job_ref, shard, group, explained.value, explained.slot.handle, *(explained.spent if count else ())
-    )
-
-
-__all__ = ["Explained", "Spent", "adapt", "explain", "score", "write"]

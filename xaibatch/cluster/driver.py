@@ -78,7 +78,7 @@ class _Driver:
     def __init__(
         self, job: Job, work: Sequence[ShardWork], progress: Progress, stop: StopFlag, pool: ReplicaPool
     ) -> None:
-        self._progress, self._stop, self._pool = progress, stop, pool
+        self._job, self._progress, self._stop, self._pool = job, progress, stop, pool
         self._engine = job.config.engine
         self._job_ref = ray.put(job)
         self._fresh = iter(work)
@@ -165,9 +165,7 @@ class _Driver:
                 self._adapters_waiting.append((shard, group, count))
                 shard.running += 1
             else:
-                label = group.metrics[0]
-                ref = cells.score(self._job_ref, shard.work.shard, group, label, shard.explained, count)
-                self._watch(ref, shard, name)
+                self._watch(self._score(shard, group, count), shard, name)
             count = False
 
     def _start_adapters(self) -> None:
@@ -177,11 +175,13 @@ class _Driver:
         limit = max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)  # type: ignore[no-untyped-call]
         while self._adapters_waiting and self._num_adapters < limit:
             shard, group, count = self._adapters_waiting.popleft()
-            assert shard.explained is not None
-            ref = cells.adapt(self._job_ref, shard.work.shard, group, shard.explained, count)
             self._num_adapters += 1
             shard.running -= 1
-            self._watch(ref, shard, group.name)
+            self._watch(self._score(shard, group, count), shard, group.name)
+
+    def _score(self, shard: _Open, group: MetricGroup, count: bool) -> Any:
+        assert shard.explained is not None
+        return cells.score(self._job, self._job_ref, shard.work.shard, group, shard.explained, count)
 
     def _watch(self, ref: Any, shard: _Open, stage: str) -> None:
         self._cells[ref] = (shard, stage)

@@ -118,7 +118,8 @@ class ReplicaPool:
 
     def _start(self, place: Place) -> Slot:
         engine = self.job.config.engine
-        threads = {name: str(place.threads) for name in ONE_THREAD}
+        # threads that wait must not spin: CPU tasks work on the same cores
+        environment = {**dict.fromkeys(ONE_THREAD, str(place.threads)), "OMP_WAIT_POLICY": "PASSIVE"}
         actor: Any = ray.remote(self.actor)
         handle = actor.options(
             num_cpus=0,
@@ -129,7 +130,7 @@ class ReplicaPool:
             scheduling_strategy=(
                 NodeAffinitySchedulingStrategy(place.node_id, soft=False) if place.node_id else "SPREAD"
             ),
-            runtime_env={"env_vars": threads},
+            runtime_env={"env_vars": environment},
         ).remote(self.job, device=_device(engine, place), threads=place.threads)
         return Slot(place=place, handle=handle, starting=handle.facts.remote())
 

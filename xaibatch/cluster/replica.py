@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from xaibatch.cluster.telemetry import ReplicaMeter
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, ShardExplanations
 from xaibatch.seeding import DrawKey
-from xaibatch.types import Shard
+from xaibatch.types import Failure, ImageBatch, Shard
 
 if TYPE_CHECKING:
     from xaibatch.pipeline.session import Session
@@ -93,8 +93,12 @@ class Replica:
         specs = {explainer.segmentation for explainer in self.session.explainers.values()}
         return str(self.session.device), tuple(sorted(spec for spec in specs if spec is not None))
 
-    def explain(self, shard: Shard, *segments: Segments) -> tuple[ShardExplanations, Spent]:
-        """Predict and explain a shard; `segments` in consecutive pieces of the shard's readable images."""
+    def explain(
+        self, shard: Shard, batch: ImageBatch, failures: tuple[Failure, ...], *segments: Segments
+    ) -> tuple[ShardExplanations, Spent]:
+        """Predict and explain a shard, whose images were read beside the model; `segments` in consecutive pieces of
+        them. Should they be lost with the process, a later call reads them again."""
+        self.session.keep(shard, batch, failures)
         return self._spend(lambda: self.session.explain(shard, joined(segments)))
 
     def answer(

@@ -1,4 +1,4 @@
-"""What runs beside the replicas on CPUs: superpixels, plans, scores and the writing of parts; no torch.
+"""What runs beside the replicas on CPUs: images, superpixels, plans, scores and the writing of parts; no torch.
 
 Each function is a Ray task's body; its inputs are the outputs of earlier steps, handed over by reference, so no task
 waits for another. Only `adapter_cell` asks a replica while it runs.
@@ -19,33 +19,40 @@ from xaibatch.perturb.segmentation import segment
 from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, Question, ShardExplanations
 from xaibatch.pipeline.scoring import plan_group, score_group
-from xaibatch.pipeline.work import EXPLAIN, CellReport, Stopwatch, pixels_for
+from xaibatch.pipeline.work import EXPLAIN, CellReport, Stopwatch
 from xaibatch.pipeline.writing import write_explanations, write_scores
 from xaibatch.seeding import DrawKey
-from xaibatch.types import ImageBatch, Shard
+from xaibatch.types import Failure, ImageBatch, Shard
 
 ItemT = TypeVar("ItemT")
 
 
+def read_images(job: Job, shard: Shard) -> tuple[ImageBatch, tuple[Failure, ...], Spent]:
+    """A shard's readable images, what became of the others, and the time it took."""
+    clock = Stopwatch()
+    with clock.measure("read"):
+        batch, failures = job.read(shard)
+    return batch, failures, Spent(seconds=clock.seconds)
+
+
 def segment_images(
-    job: Job, shard: Shard, specs: tuple[str, ...], piece: int, num_pieces: int
+    job: Job, batch: ImageBatch, specs: tuple[str, ...], piece: int, num_pieces: int
 ) -> tuple[Segments, Spent]:
     """The superpixels of one of several consecutive pieces of a shard's readable images."""
     clock = Stopwatch()
     with clock.measure("segmentation"):
-        images = _piece(tuple(job.read(shard)[0].images_BCHW), piece, num_pieces)
+        images = _piece(tuple(batch.images_BCHW), piece, num_pieces)
         segments = {spec: [segment(image, spec, patch_size=job.patch_size) for image in images] for spec in specs}
     return segments, Spent(seconds=clock.seconds)
 
 
 def segment_variants(
-    job: Job, shard: Shard, plan: GroupPlan, specs: tuple[str, ...], piece: int, num_pieces: int
+    job: Job, batch: ImageBatch, plan: GroupPlan, specs: tuple[str, ...], piece: int, num_pieces: int
 ) -> tuple[Segments, Spent]:
     """The superpixels of the images that one of several consecutive pieces of a plan's variants asks about."""
     clock = Stopwatch()
     segments: dict[str, list[NDArray[np.int32]]] = {spec: [] for spec in specs}
     with clock.measure("segmentation"):
-        batch = job.read(shard)[0]
         known: dict[object, list[NDArray[np.int32]]] = {}
         for question in _piece(plan.questions, piece, num_pieces):
             about, image_CHW = _variant_image(batch, question)
@@ -84,11 +91,13 @@ def write_cell(job: Job, shard: Shard, explained: ShardExplanations, *spent: Spe
     return _report(shard, EXPLAIN, explained, clock, spent)
 
 
-def plan_cell(job: Job, shard: Shard, group: MetricGroup, explained: ShardExplanations) -> tuple[GroupPlan, Spent]:
-    """A metric group's questions about a shard."""
+def plan_cell(
+    job: Job, group: MetricGroup, explained: ShardExplanations, batch: ImageBatch | None
+) -> tuple[GroupPlan, Spent]:
+    """A metric group's questions about a shard; `batch` where its metrics look at pixels, masks or twins."""
     clock = Stopwatch()
     with clock.measure("plan"):
-        plan = plan_group(job, group, explained, _pixels(job, shard, group))
+        plan = plan_group(job, group, explained, batch)
     return plan, Spent(seconds=clock.seconds)
 
 
@@ -97,6 +106,7 @@ def score_cell(
     shard: Shard,
     group: MetricGroup,
     explained: ShardExplanations,
+    batch: ImageBatch | None,
     plan: GroupPlan,
     answers: tuple[Answer, ...],
     *spent: Spent,
@@ -104,21 +114,27 @@ def score_cell(
     """Score a metric group's answers and write its part."""
     clock = Stopwatch()
     with clock.measure("score"):
-        scores = score_group(job, group, explained, plan, answers, _pixels(job, shard, group))
+        scores = score_group(job, group, explained, plan, answers, batch)
     with clock.measure("write"):
         write_scores(job, group, shard, explained, scores)
     return _report(shard, group.name, explained, clock, spent)
 
 
 def adapter_cell(
-    job: Job, shard: Shard, group: MetricGroup, explained: ShardExplanations, replica: Any, *spent: Spent
+    job: Job,
+    shard: Shard,
+    group: MetricGroup,
+    explained: ShardExplanations,
+    batch: ImageBatch,
+    replica: Any,
+    *spent: Spent,
 ) -> CellReport:
     """Score one explainer with one adapter metric, whose model calls the replica answers, and write its part."""
     from xaibatch.pipeline.adapter import score_adapter  # the metric's own package is heavy
 
     clock = Stopwatch()
     with clock.measure("score"):
-        scores = score_adapter(job, group, explained, job.read(shard)[0], _Remote(replica))
+        scores = score_adapter(job, group, explained, batch, _Remote(replica))
     with clock.measure("write"):
         write_scores(job, group, shard, explained, scores)
     return _report(shard, group.name, explained, clock, spent)
@@ -141,10 +157,6 @@ class _Remote:
             self._replica.explain_images.remote(label, images_BCHW, targets_B, keys)
         )
         return maps
-
-
-def _pixels(job: Job, shard: Shard, group: MetricGroup) -> ImageBatch | None:
-    return pixels_for(job, group, lambda: job.read(shard)[0])
 
 
 def _report(

@@ -43,6 +43,8 @@ def _run_shard(session: Session, job: Job, work: ShardWork, progress: Progress) 
     shard = work.shard
     clock = Stopwatch(lambda: session.num_forward_passes)
     try:
+        with clock.measure("read"):
+            session.hold(shard)
         with clock.measure("model"):
             explained = session.explain(shard)
         if work.explain:

@@ -20,7 +20,7 @@ PROGRESS: Final = "progress.json"
 
 _BAR_WIDTH: Final = 16
 _ONE_LINE: Final = Column(no_wrap=True, overflow="ellipsis")
-_CPU_STAGES: Final = ("segmentation", "plan", "score", "write")
+_CPU_STAGES: Final = ("read", "segmentation", "plan", "score", "write")
 
 
 class ProgressWatcher:

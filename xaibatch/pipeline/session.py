@@ -134,13 +134,13 @@ class Session:
 
     def forward(self, images_BCHW: NDArray[np.floating]) -> NDArray[np.floating]:
         """Logits (B,K) of given images: what adapter metrics are answered with."""
-        return self._forward(torch.as_tensor(images_BCHW, dtype=self.dtype, device=self.device))
+        return self._forward(torch.tensor(images_BCHW, dtype=self.dtype, device=self.device))
 
     def explain_images(
         self, label: str, images_BCHW: NDArray[np.floating], targets_B: Sequence[int], keys: Sequence[DrawKey]
     ) -> list[NDArray[np.floating]]:
         """One explainer's native maps of given images and targets: the answer to an adapter's `explain_func`."""
-        images = torch.as_tensor(images_BCHW, dtype=self.dtype, device=self.device)
+        images = torch.tensor(images_BCHW, dtype=self.dtype, device=self.device)
         items = [
             _Item(image_CHW=image, key=key, target=int(target))
             for image, key, target in zip(images, keys, targets_B, strict=True)
@@ -154,13 +154,16 @@ class Session:
     def hold(self, shard: Shard) -> _Held:
         """The shard's images on the device; read again by the shard's records where they are no longer held."""
         if shard.name not in self._held:
-            batch, failures = self.job.read(shard)
-            images = torch.as_tensor(batch.images_BCHW, dtype=self.dtype, device=self.device)
-            self._held[shard.name] = _Held(batch=batch, failures=failures, images_BCHW=images)
-            while len(self._held) > _SHARDS_HELD:
-                self._held.popitem(last=False)
+            self.keep(shard, *self.job.read(shard))
         self._held.move_to_end(shard.name)
         return self._held[shard.name]
+
+    def keep(self, shard: Shard, batch: ImageBatch, failures: tuple[Failure, ...]) -> None:
+        """Hold a shard's images that were read beside the model; the oldest shard held goes."""
+        images = torch.tensor(batch.images_BCHW, dtype=self.dtype, device=self.device)
+        self._held[shard.name] = _Held(batch=batch, failures=failures, images_BCHW=images)
+        while len(self._held) > _SHARDS_HELD:
+            self._held.popitem(last=False)
 
     def runner(self, label: str) -> PlanRunner:
         """The plan runner in the precision chosen for an explainer or metric."""
@@ -313,7 +316,7 @@ class Session:
             return _Item(image_CHW=image_CHW, key=key, target=ask.target)
         if isinstance(ask, TwinVariant):
             assert held.batch.twins_BCHW is not None
-            twin_CHW = torch.as_tensor(held.batch.twins_BCHW[question.row], dtype=self.dtype, device=self.device)
+            twin_CHW = torch.tensor(held.batch.twins_BCHW[question.row], dtype=self.dtype, device=self.device)
             return _Item(image_CHW=twin_CHW, key=key, target=self._original_target(shard, question.row))
         return _Item(image_CHW=image_CHW, key=key, target=self._original_target(shard, question.row))
 

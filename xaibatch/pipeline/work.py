@@ -37,8 +37,8 @@ class ShardWork:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CellReport:
-    """One finished cell: where its seconds went (`segmentation`, `model`, `plan`, `score`, `write`), and how many
-    images went through the model for it."""
+    """One finished cell: where its seconds went (`read`, `segmentation`, `model`, `plan`, `score`, `write`), and how
+    many images went through the model for it."""
 
     shard: str
     stage: str
@@ -97,10 +97,15 @@ def strangers(job: Job, shards: Sequence[Shard]) -> dict[str, str]:
     return found
 
 
+def needs_pixels(job: Job, group: MetricGroup) -> bool:
+    """Whether a metric of the group looks at the images' pixels, masks or twins."""
+    needs = {need for label in group.metrics for need in job.metrics[label].needs}
+    return bool(needs & {"image", "mask", "twin"})
+
+
 def pixels_for(job: Job, group: MetricGroup, read: Callable[[], ImageBatch]) -> ImageBatch | None:
     """The shard's pixels, masks and twins, read only where a metric of the group needs them."""
-    needs = {need for label in group.metrics for need in job.metrics[label].needs}
-    return read() if needs & {"image", "mask", "twin"} else None
+    return read() if needs_pixels(job, group) else None
 
 
 class Stopwatch:
