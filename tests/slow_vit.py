@@ -142,7 +142,9 @@ def slow_transformer_lrp(model: VisionTransformer, image: Tensor, target: int, m
     with watched(model) as (twin, inputs, outputs), torch.no_grad():
         logits = twin(image)
     num_prefix, num_heads = model.num_prefix_tokens, twin.blocks[0].attn.num_heads
-    r = linear_rule(inputs["head"], twin.head.weight, functional.one_hot(torch.tensor([target]), logits.shape[1]).double())
+    r = linear_rule(
+        inputs["head"], twin.head.weight, functional.one_hot(torch.tensor([target]), logits.shape[1]).double()
+    )
     final = outputs["norm"]
     begin = 0 if model.pool_include_prefix else num_prefix
     pool = (lambda t: t[:, 0]) if model.global_pool == "token" else (lambda t: t[:, begin:].mean(1))
@@ -306,7 +308,12 @@ class GammaLayer(nn.Module):
 
 
 def slow_attn_lrp(
-    model: VisionTransformer, image: Tensor, target: int, hybrid: bool, gamma_conv: float | None, gamma_linear: float | None
+    model: VisionTransformer,
+    image: Tensor,
+    target: int,
+    hybrid: bool,
+    gamma_conv: float | None,
+    gamma_linear: float | None,
 ) -> Tensor:
     """Pixel relevance of one image (H,W): autograd through a copy whose layers have been exchanged."""
     twin: Any = copy.deepcopy(model)

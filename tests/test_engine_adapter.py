@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def test_quantus_tasks_ask_the_replica(cluster: Cluster, images: Path, tmp_path: Path) -> None:
-    """Predictions, explanations of noisy copies and randomised models inside Quantus give the rows of the plain engine: with
+    """Predictions, explanations of noisy copies and randomised models inside Quantus give the plain engine's rows: with
     one replica and two CPUs the waiting tasks neither block it nor the other cells."""
     plain = evaluate(toy_config(images, tmp_path / "plain", **SETTINGS), run_local, Watch())
     found = evaluate(toy_config(images, tmp_path / "run", **SETTINGS), run_on_ray, Watch())

@@ -4,6 +4,7 @@ missing."""
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -69,7 +70,9 @@ def metrics(name: str, enough: float) -> dict[str, list[float]]:
         time.sleep(0.5)
 
 
-def test_equals_plain_engine_and_resumes(cluster: Cluster, images: Path, tmp_path: Path, plain: RunFolder) -> None:
+def test_equals_plain_engine_and_resumes(
+    cluster: Cluster, images: Path, tmp_path: Path, plain: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
     """Two replicas against the plain loop: predictions, maps (superpixels made in CPU tasks, noisy copies' too) and
     scores are equal to the last bit. Then some parts are removed, one is cut short and a stranger is put beside them:
     only what is missing is done again, and the rows are the same. A third call has nothing to do."""
@@ -93,8 +96,21 @@ def test_equals_plain_engine_and_resumes(cluster: Cluster, images: Path, tmp_pat
     parts[4].write_bytes(parts[4].read_bytes()[:100])
     (tmp_path / "run" / "maps" / "shard-00002.parquet").unlink()
     (tmp_path / "run" / "scores" / "notes.txt").write_text("mine")
+    other = tmp_path / "run" / "scores" / "another_metric" / "shard-00000.parquet"
+    other.parent.mkdir()
+    shutil.copy(parts[1], other)
+    caplog.clear()
     again, _ = run(images, tmp_path / "run", engine__replicas=1, engine__shards_in_flight=1)
     assert again.ok and again.num_cells_run == 3
+    assert sorted(record.getMessage() for record in caplog.records) == sorted(
+        f"left out of the run: {path}: {problem}"
+        for path, problem in (
+            (parts[4], "truncated or not Parquet"),
+            (tmp_path / "run" / "scores" / "notes.txt", "not a Parquet part"),
+            (other, "a part that this run does not have: remove it"),
+        )
+    )
+    other.unlink()
     assert_same_rows(outcome.folder, plain)
 
     watch = Watch()

@@ -89,7 +89,6 @@ class EngineConfig(Options):
     """Shards a replica has queued: the bounded window."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-
     def images_per_shard(self, num_images: int) -> int:
         """The shard size that a run of `num_images` uses; follows from the configuration and the data alone.
 

@@ -97,5 +97,3 @@ class Explainer(ABC):
 
 
 EXPLAINERS: Registry[type[Explainer]] = Registry("explainer")
-
-

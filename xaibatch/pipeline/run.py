@@ -1,5 +1,6 @@
 """A whole run: configuration in, a run folder with finished Parquet tables out; resumes whatever is missing."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from xaibatch.types import Shard
 
 WORTH_IMAGES = 20
 """A run must have this many times the calibration sample's images; below, calibrating costs more than it saves."""
+
+_LOG = logging.getLogger(__name__)
 
 Engine = Callable[[Job, Sequence[ShardWork], Progress], list[FailedCell]]
 """Does the work: `xaibatch.pipeline.local.run_local` or `xaibatch.cluster.driver.run_on_ray`."""
@@ -66,7 +69,7 @@ def evaluate(config: RunConfig, engine: Engine, watcher: Watcher, calibrate: Cal
         record = _open_record(config, folder, dataset, calibrate)
         job = job_of(record, config, folder)
         cut = shards(dataset.records, config.engine.images_per_shard(len(dataset)))
-        work = pending(job, cut)
+        work = pending(job, cut, lambda path, problem: _LOG.warning("left out of the run: %s: %s", path, problem))
         failed: list[FailedCell] = []
         if work:
             num_cells = len(cut) * (1 + len(job.groups))

@@ -2,7 +2,7 @@
 torch."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -68,9 +68,19 @@ class Progress(Protocol):
         """How many replicas are ready from now on."""
 
 
-def pending(job: Job, shards: Sequence[Shard]) -> list[ShardWork]:
-    """The cells whose part does not exist yet, by shard (from one listing of each table)."""
-    explained, scored = present_parts(job.folder, "maps"), present_parts(job.folder, "scores")
+def pending(job: Job, shards: Sequence[Shard], found: Callable[[str, str], None] | None = None) -> list[ShardWork]:
+    """The cells whose part does not exist yet, by shard (from one listing of each table).
+
+    `found` is told of every file in the run folder that is no part of this run: its path, and what is wrong with it.
+    Truncated parts among them are pending and will be written anew; the rest is left alone.
+    """
+    tables = ("maps", "scores") if found is None else tuple(TABLES)
+    listed = {table: job.folder.listing(table) for table in tables}
+    if found is not None:
+        for table, (parts, problems) in listed.items():
+            for path, problem in {**problems, **_foreign(job, shards, table, parts)}.items():
+                found(path, problem)
+    explained, scored = (present_parts(job.folder, table, listed[table][0]) for table in ("maps", "scores"))
     work = (
         ShardWork(
             shard=shard,
@@ -82,19 +92,18 @@ def pending(job: Job, shards: Sequence[Shard]) -> list[ShardWork]:
     return [shard_work for shard_work in work if shard_work.num_cells]
 
 
-def strangers(job: Job, shards: Sequence[Shard]) -> dict[str, str]:
-    """Files in the run folder that are no part of this run: path -> what is wrong. Truncated parts among them are
-    pending and will be written anew; the rest is left alone and never read as long as its name is no part's."""
-    names = {shard.name for shard in shards}
-    expected = {group.part(shard) for group in job.groups for shard in shards}
-    found: dict[str, str] = {}
-    for table in TABLES:
-        known = expected if table == "scores" else names
-        found |= job.folder.problems(table)
-        for name, path in job.folder.parts(table).items():
-            if name not in known and not name.startswith(PREFIX):
-                found[path] = "a part of another run: remove it"
-    return found
+def _foreign(job: Job, shards: Sequence[Shard], table: str, parts: Mapping[str, str]) -> dict[str, str]:
+    """Whole parts of cells that this run does not have."""
+    names = (
+        {group.part(shard) for group in job.groups for shard in shards}
+        if table == "scores"
+        else {shard.name for shard in shards}
+    )
+    return {
+        path: "a part that this run does not have: remove it"
+        for name, path in parts.items()
+        if name not in names and not name.startswith(PREFIX)
+    }
 
 
 def needs_pixels(job: Job, group: MetricGroup) -> bool:

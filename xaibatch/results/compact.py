@@ -64,10 +64,10 @@ def list_parts(folder: RunFolder, table: str) -> Listing:
     )
 
 
-def present_parts(folder: RunFolder, table: str) -> frozenset[str]:
+def present_parts(folder: RunFolder, table: str, names: Mapping[str, str] | None = None) -> frozenset[str]:
     """Names of all finished parts, merged or not: what a resume need not do again. Only the footers of compact parts
-    are read."""
-    names = folder.parts(table)
+    are read. `names` is `folder.parts(table)` where the caller has it already."""
+    names = folder.parts(table) if names is None else names
     filesystem = open_filesystem(folder)
     present = set(names)
     for name, path in names.items():

@@ -13,6 +13,7 @@ before the write, which leaves a window of one request.
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -26,6 +27,8 @@ from typing import Final, Self
 
 from xaibatch.errors import RunFolderError
 from xaibatch.results.parts import RunFolder
+
+_LOG = logging.getLogger(__name__)
 
 LOCK: Final = ".lock"
 _GUARD: Final = ".lock.guard"
@@ -42,6 +45,10 @@ class Holder:
     process_started: str
     since: float
     heartbeat: float
+
+    @property
+    def hostname(self) -> str:
+        return self.host.partition("/")[0]
 
     @classmethod
     def here(cls) -> "Holder":
@@ -106,11 +113,13 @@ class RunLock:
             if holder is not None and not self._stale(holder):
                 raise RunFolderError(
                     f"the run folder {self.folder.url!r} is in use by another run: process {holder.pid} on "
-                    f"{holder.host.partition('/')[0]}, for {_age(time.time() - holder.since)}, last seen "
+                    f"{holder.hostname}, for {_age(time.time() - holder.since)}, last seen "
                     f"{_age(time.time() - holder.heartbeat)} ago. Wait for it, stop it, or choose another --output "
                     f"(a lock whose holder is gone is taken over after {_age(self.stale_s)})"
                 )
             self.taken_over = holder
+            if holder is not None:
+                _LOG.warning("took over the lock of process %d on %s, which is gone", holder.pid, holder.hostname)
             with contextlib.suppress(FileNotFoundError):
                 self.folder.remove(LOCK)
             if not self._create():

@@ -133,11 +133,19 @@ class RunFolder:
     def parts(self, table: str) -> dict[str, str]:
         """Part name (path below the table without `.parquet`) -> full path, sorted; broken or foreign files left
         out."""
-        return {name: path for name, path, problem in self._listing(table) if not problem}
+        return self.listing(table)[0]
 
     def problems(self, table: str) -> dict[str, str]:
         """Files in a table's folder that are not whole parts: path -> what is wrong."""
-        return {path: problem for _, path, problem in self._listing(table) if problem}
+        return self.listing(table)[1]
+
+    def listing(self, table: str) -> tuple[dict[str, str], dict[str, str]]:
+        """`parts` and `problems` from one listing."""
+        files = list(self._files(table))
+        return (
+            {name: path for name, path, problem in files if not problem},
+            {path: problem for _, path, problem in files if problem},
+        )
 
     def read(self, table: str) -> pa.Table:
         """All rows of a table, parts in sorted order (an empty table of the right schema if there is none)."""
@@ -169,7 +177,7 @@ class RunFolder:
                 "remove it and run the same command again"
             ) from None
 
-    def _listing(self, table: str) -> Iterator[tuple[str, str, str]]:
+    def _files(self, table: str) -> Iterator[tuple[str, str, str]]:
         """Name, path and problem (empty if there is none) of every file of a table."""
         folder = self.path(table)
         found: dict[str, Any] = self._retry(lambda: self._find(folder), f"list {folder!r}")
