@@ -11,6 +11,7 @@ import torch
 from tests.toy import Watch, toy_config, toy_images, toy_manifest
 from xaibatch.pipeline.local import run_local
 from xaibatch.pipeline.run import evaluate
+from xaibatch.results.parts import RunFolder
 
 KEY = ["image_id", "explainer", "metric", "repeat"]
 METRICS: dict[str, Any] = {
@@ -97,3 +98,17 @@ def test_repeats_are_independent_and_deterministic_maps_are_kept(images: Path, t
     assert not same.xs("sparseness", level="metric").xs("random", level="explainer").any()
     assert not same.xs("avg_sensitivity", level="metric").any()
     assert not same.xs("faithfulness_correlation", level="metric").any()
+
+
+def test_agreement_of_repeats_is_recorded(images: Path, tmp_path: Path) -> None:
+    """LIME's and the random map's repeats: the stored agreement is the correlation of the two stored maps."""
+    evaluate(toy_config(images, tmp_path / "run", repeats=2, metrics={"sparseness": {}}), run_local, Watch())
+    maps = RunFolder(str(tmp_path / "run")).read("maps").to_pandas()
+    for (_, explainer), pair in maps.groupby(["image_id", "explainer"], observed=True):
+        recorded = [dict(extras).get("repeat_agreement") for extras in pair.extras]
+        if explainer in ("lime", "random"):
+            a, b = (np.asarray(map_, np.float64) for map_ in pair["map"])
+            assert recorded == [recorded[0]] * 2
+            assert recorded[0] == pytest.approx(np.corrcoef(a, b)[0, 1], abs=2e-3)  # float16 maps
+        else:
+            assert recorded == [None]

@@ -15,10 +15,11 @@ from xaibatch.explainers.base import EXPLAINERS, ExplainInput
 from xaibatch.explainers.explained_output import explained_output, softmax
 from xaibatch.explainers.kernel_shap import KernelShap
 from xaibatch.explainers.lime import Lime
-from xaibatch.explainers.lime_convergence import equal_error_sizes, measure_convergence, repeat_agreement
+from xaibatch.explainers.lime_convergence import equal_error_sizes, measure_convergence
 from xaibatch.explainers.occlusion import Occlusion, PatchOcclusion, window_positions
 from xaibatch.explainers.rise import Rise, draw_masks, rise_map
 from xaibatch.explainers.shapley_fit import additive_r2, draw_coalitions, shapley_kernel, solve_shapley
+from xaibatch.maps import repeat_agreement
 from xaibatch.perturb.runner import PlanRunner
 from xaibatch.perturb.segmentation import patch_grid
 from xaibatch.seeding import DrawKey

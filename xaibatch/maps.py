@@ -66,3 +66,17 @@ def token_grid(map_hw: NDArray[np.floating], grid: tuple[int, int]) -> NDArray[n
     if height % rows or width % columns:
         raise ValueError(f"a map of {height}x{width} cannot be averaged onto a grid of {rows}x{columns}")
     return values.reshape(rows, height // rows, columns, width // columns).mean((1, 3))
+
+
+def repeat_agreement(values_RN: NDArray[np.floating]) -> float:
+    """Mean Pearson correlation over all pairs of repeats of one map (or its weights), in [-1, 1]; NaN with one repeat,
+    or where a repeat has no variation or undefined values.
+
+    >>> repeat_agreement(np.array([[0.0, 1.0, 2.0], [1.0, 3.0, 5.0]]))
+    1.0
+    """
+    num_repeats = len(values_RN)
+    if num_repeats < 2 or not np.isfinite(values_RN).all() or (np.ptp(values_RN, axis=1) == 0).any():
+        return float("nan")
+    matrix = np.atleast_2d(np.corrcoef(values_RN))
+    return round(float(matrix[np.triu_indices(num_repeats, 1)].mean()), 12)

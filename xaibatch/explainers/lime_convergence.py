@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xaibatch.explainers.lime_fit import draw_samples, fit_local_model
+from xaibatch.maps import repeat_agreement
 from xaibatch.seeding import DrawKey
 
 REFERENCE_SAMPLES = 5000
@@ -100,13 +101,3 @@ def equal_error_sizes(
     falling_N = np.minimum.accumulate(other_error_N)
     logs = np.interp(-np.log(error_N) + 0.0, -np.log(falling_N), np.log(sizes_N), left=np.nan, right=np.nan)
     return np.exp(logs)
-
-
-def repeat_agreement(weights_RM: NDArray[np.float64]) -> float:
-    """Return the mean Pearson correlation of the weights over all pairs of repeats; NaN with one repeat or no
-    variation."""
-    num_repeats = len(weights_RM)
-    if num_repeats < 2 or (np.ptp(weights_RM, axis=1) == 0).any():
-        return float("nan")
-    matrix = np.atleast_2d(np.corrcoef(weights_RM))
-    return float(matrix[np.triu_indices(num_repeats, 1)].mean())

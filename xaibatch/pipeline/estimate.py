@@ -10,7 +10,7 @@ from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.work import ShardWork
 
 TRACE_WORTH = 7
-"""Forward passes that tracing an image and its relevance passes are worth (jobs/README.md has the measurement)."""
+"""Forward passes that tracing an image and its relevance passes are worth, about."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xaibatch.maps import token_grid
+from xaibatch.maps import repeat_agreement, token_grid
 from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import Job, ShardExplanations
 from xaibatch.pipeline.scoring import map_status
@@ -30,6 +30,7 @@ def write_explanations(job: Job, shard: Shard, explained: ShardExplanations) -> 
         ),
     )
     rows = []
+    agreements = _agreements(job, explained)
     for (label, repeat), maps in sorted(explained.maps.items()):
         for row, image_id in enumerate(explained.ids):
             missing = (label, repeat, image_id) in explained.missing
@@ -42,7 +43,10 @@ def write_explanations(job: Job, shard: Shard, explained: ShardExplanations) -> 
                     "target": job.class_names[int(maps.targets_B[row])],
                     "granularity": job.granularities[label],
                     "status": "error" if missing else map_status(maps.maps_Bhw[row]),
-                    "extras": [(name, float(values[row])) for name, values in sorted(maps.extras.items())],
+                    "extras": [
+                        *((name, float(values[row])) for name, values in sorted(maps.extras.items())),
+                        *([("repeat_agreement", agreements[label][row])] if label in agreements else []),
+                    ],
                     **schema.map_row(_grid(job, maps.maps_Bhw[row], explained.shape_CHW)),
                 }
             )
@@ -72,6 +76,19 @@ def write_scores(
     job.folder.write_part(
         "scores", group.part(shard), schema.scores_table(scores, run=job.run, images=images, targets=targets)
     )
+
+
+def _agreements(job: Job, explained: ShardExplanations) -> dict[str, list[float]]:
+    """For explainers that draw random numbers and were repeated: how far each image's repeats agree."""
+    if job.config.repeats < 2:
+        return {}
+    found = {}
+    for label in job.random_explainers:
+        repeats = [explained.maps[label, repeat].maps_Bhw for repeat in range(job.config.repeats)]
+        found[label] = [
+            repeat_agreement(np.stack([maps[row].ravel() for maps in repeats])) for row in range(len(explained.ids))
+        ]
+    return found
 
 
 def _name(job: Job, label: int) -> str | None:
