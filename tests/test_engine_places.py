@@ -133,6 +133,7 @@ def test_nodes_come_and_go_during_a_run(
     (faults / "markers").touch()
     first = cluster.add_node(num_cpus=0, num_gpus=1)
     added: list[Any] = []
+    lost: list[Any] = []
 
     class Disturbing(Watch):
         def done(self, report: Any) -> None:
@@ -142,8 +143,8 @@ def test_nodes_come_and_go_during_a_run(
 
         def replicas(self, num_ready: int) -> None:
             super().replicas(num_ready)
-            if num_ready == 2:
-                cluster.remove_node(first, allow_graceful=False)
+            if num_ready == 2 and not lost:
+                lost.append(cluster.remove_node(first, allow_graceful=False))
 
     watch = Disturbing()
     try:

@@ -27,6 +27,7 @@ ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBL
 """Environment of everything that is not a replica: parallelism comes from tasks, not from threads inside them."""
 
 _PREFIX: Final = "xaibatch-ray-"
+_MAX_PLACE: Final = 24
 _TOKEN_SETTINGS: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -89,7 +90,7 @@ def _own_cluster() -> Iterator[None]:
     if not any(name in os.environ for name in _TOKEN_SETTINGS):  # else Ray writes one into the home folder, for good
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     _remove_orphans()
-    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
+    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_place())
     try:
         _start(folder)
         yield
@@ -113,9 +114,15 @@ def _start(folder: str) -> None:
         ) from error
 
 
+def _place() -> str:
+    """The temporary folder, unless it is so deep that Ray's sockets in it would have too long a name."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) <= _MAX_PLACE or not os.access("/tmp", os.W_OK) else "/tmp"
+
+
 def _remove_orphans() -> None:
     """Folders of clusters whose process was killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for folder in Path(_place()).glob(f"{_PREFIX}*"):
         pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
         if pid.isdigit():
             with suppress(PermissionError):

@@ -9,6 +9,7 @@ on a replica, and only what is lost there counts, so an input that kills its pro
 not blamed.
 """
 
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import ray
+from ray.exceptions import RayError
 
 from xaibatch.cluster import cells
 from xaibatch.cluster.connect import connected
@@ -29,10 +31,18 @@ from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.stopping import StopFlag
 from xaibatch.pipeline.work import EXPLAIN, FailedCell, Progress, ShardWork
 
+_LOG = logging.getLogger(__name__)
+
 POLL_S: Final = 0.1
 """Seconds that the driver collects finished cells before it looks around (signals, nodes, replicas). Waiting for all
 open cells with a limit costs one call however many of them end; waiting for the next one would cost a call for
 each."""
+
+TELL_S: Final = 5.0
+"""Seconds after which progress is told again though nothing has changed."""
+
+WARN_S: Final = 60.0
+"""Seconds without a replica after which it is said what the run waits for."""
 
 FIRST_PAUSE_S: Final = 0.5
 """Pause before a failed shard's second attempt; doubles with every further one."""
@@ -52,6 +62,10 @@ def run_on_ray(
         driver = _Driver(job, work, progress, stop, ReplicaPool(job=job, actor=actor))
         try:
             return driver.run()
+        except RayError as error:
+            raise EngineError(
+                f"the cluster was lost ({describe(error)}): the same command goes on where this run ended"
+            ) from error
         finally:
             driver.close()
 
@@ -88,6 +102,7 @@ class _Driver:
         self._adapters_waiting: deque[tuple[_Open, MetricGroup, bool]] = deque()
         self._num_adapters = 0
         self._num_ready = 0
+        self._told = self._waiting_since = time.monotonic()
         self._failed: list[FailedCell] = []
         self._meter = DriverMeter(job.run)
 
@@ -111,10 +126,15 @@ class _Driver:
 
     def _look_at_replicas(self) -> None:
         self._pool.refresh()
-        num_ready = len(self._pool.ready)
-        if num_ready != self._num_ready:
-            self._num_ready = num_ready
+        num_ready, now = len(self._pool.ready), time.monotonic()
+        if num_ready != self._num_ready or now - self._told > TELL_S:
+            self._num_ready, self._told = num_ready, now
             self._progress.replicas(num_ready)
+        if num_ready:
+            self._waiting_since = now
+        elif now - self._waiting_since > WARN_S:
+            self._waiting_since = now
+            _LOG.warning("no model replica is ready: %s", self._pool.waiting_for())
 
     def _measure_queue(self) -> None:
         num_open = sum(slot.num_open for slot in self._pool.slots)

@@ -106,6 +106,16 @@ class ReplicaPool:
             raise EngineError(f"no model replica could be started: {self._last_error}")
         return gone
 
+    def waiting_for(self) -> str:
+        """What replicas that are not ready need, and what the cluster has free."""
+        free: Any = ray.available_resources()  # type: ignore[no-untyped-call]
+        needs = {f"{slot.place.num_gpus:g} GPUs" for slot in self.slots if slot.facts is None}
+        return (
+            f"{sum(slot.facts is None for slot in self.slots)} of {len(self.slots)} are starting or wait for "
+            f"{' or '.join(sorted(needs)) or 'a node'} each; free in the cluster: {free.get('GPU', 0):g} GPUs, "
+            f"{free.get('CPU', 0):g} CPUs"
+        )
+
     def drop(self, slot: Slot) -> None:
         """End a replica for good; `refresh` starts another where its place still exists."""
         if slot in self.slots:
