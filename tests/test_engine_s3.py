@@ -96,7 +96,7 @@ def test_a_local_folder_that_another_node_does_not_see(
     node = cluster.add_node(num_cpus=1)
     work: list[ShardWork] = []
     try:
-        from xaibatch.data.dataset import shards
+        from xaibatch.data.sampling import shards
         from xaibatch.pipeline.run import choose_images
 
         for shard in shards(choose_images(config).records, 3):
