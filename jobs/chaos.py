@@ -22,7 +22,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 from ray.cluster_utils import Cluster
 
 from tests.engine_chaos import EXPLAINERS, METRICS, Chaos, schedule, write_config
@@ -108,17 +107,17 @@ def differences(found: RunFolder, expected: RunFolder) -> Counter[str]:
     counted: Counter[str] = Counter()
     for table, key in KEYS.items():
         rows, wanted = (
-            folder.read(table).to_pandas().drop(columns=["run", "path"], errors="ignore").astype(str)
+            [
+                (tuple(row[name] for name in key), repr([row[name] for name in row if name not in ("run", "path")]))
+                for row in folder.read(table).to_pylist()
+            ]
             for folder in (found, expected)
         )
-        counted["doubled"] += int(rows.duplicated(key).sum())
-        joined = wanted.merge(rows.drop_duplicates(key), on=key, how="outer", indicator=True, suffixes=("", "_found"))
-        counted["lost"] += int((joined["_merge"] == "left_only").sum())
-        both = joined[joined["_merge"] == "both"]
-        values = [column for column in wanted.columns if column not in key]
-        same = [both[column] == both[f"{column}_found"] for column in values]
-        counted["different"] += int((~np.logical_and.reduce(same)).sum()) if len(both) else 0
-        counted["different"] += int((joined["_merge"] == "right_only").sum())
+        contents = dict(rows)
+        counted["doubled"] += len(rows) - len(contents)
+        counted["lost"] += sum(key not in contents for key, _ in wanted)
+        counted["different"] += sum(key in contents and contents[key] != content for key, content in wanted)
+        counted["different"] += len(contents.keys() - dict(wanted).keys())
     return counted
 
 
