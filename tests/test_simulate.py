@@ -192,9 +192,7 @@ def test_a_set_resumes_and_refuses_other_options(tmp_path, phantom, monkeypatch)
         dataset.simulate(tmp_path, 0, 9, options)
 
 
-def test_ray_makes_the_same_files(tmp_path, phantom, monkeypatch):
-    import ray
-
+def test_ray_makes_the_same_files(cluster, tmp_path, phantom, monkeypatch):
     from xaibatch.cluster import simulate as on_ray
 
     monkeypatch.setattr(dataset, "load_volume", lambda cache: phantom)
@@ -202,11 +200,7 @@ def test_ray_makes_the_same_files(tmp_path, phantom, monkeypatch):
     options = SimulationOptions(size=SIZE)
     plain = dataset.simulate(tmp_path / "plain", 3, 9, options).parent
     done = []
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        made = on_ray.simulate_on_ray(tmp_path / "ray", 3, 9, options, lambda at, of: done.append((at, of))).parent
-    finally:
-        ray.shutdown()
+    made = on_ray.simulate_on_ray(tmp_path / "ray", 3, 9, options, lambda at, of: done.append((at, of))).parent
     assert done[-1] == (3, 3)
     files = sorted(path.relative_to(plain) for path in plain.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())

@@ -284,31 +284,29 @@ def test_flags_and_files_become_options(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")  # inside ray.data, which Ray Train imports
-def test_ray_trains_with_two_workers(toy, tmp_path):
-    import ray
-
+def test_ray_trains_with_two_workers(cluster, toy, tmp_path):
     from xaibatch.cluster.train import train_on_ray
 
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    node = cluster.add_node(num_cpus=2)
     try:
-        run = options(toy, tmp_path, epochs=1, num_workers=2)
-        train_on_ray(run)
-        assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 1
-        model = load_model(TINY, checkpoint=str(tmp_path / "run" / "model.safetensors"))
-        assert model.class_names == ("a", "b")
+        train_on_ray(options(toy, tmp_path, epochs=1, num_workers=2))
     finally:
-        ray.shutdown()
+        cluster.remove_node(node)
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 1
+    model = load_model(TINY, checkpoint=str(tmp_path / "run" / "model.safetensors"))
+    assert model.class_names == ("a", "b")
 
 
-def test_ray_is_not_started_for_data_that_leaks(tmp_path):
-    import ray
+def test_ray_is_not_started_for_data_that_leaks(tmp_path, monkeypatch):
+    from xaibatch.cluster import train
 
-    from xaibatch.cluster.train import train_on_ray
+    def start(engine):
+        raise AssertionError("Ray was started")
 
+    monkeypatch.setattr(train, "connected", start)
     leaky = options(make_toy(tmp_path / "leaky", leak=True), tmp_path)
     with pytest.raises(DataError, match="more than one split"):
-        train_on_ray(leaky)
-    assert not ray.is_initialized()
+        train.train_on_ray(leaky)
 
 
 def test_a_workers_own_error_is_found_inside_rays_wrappers():

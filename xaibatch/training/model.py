@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from xaibatch.data.storage import one_line
 from xaibatch.errors import ModelError, UnknownNameError
 from xaibatch.models.checkpoint import read_checkpoint
+from xaibatch.training.mimetic import start_mimetic
 from xaibatch.training.options import TrainOptions
 
 
@@ -35,10 +36,12 @@ def starting_model(options: TrainOptions, class_names: Sequence[str]) -> tuple[n
             model = timm.create_model(options.model, pretrained=options.pretrained, **settings)
         except Exception as error:
             raise ModelError(f"timm cannot build {options.model!r} with {settings}: {one_line(error)[:300]}") from None
+        if options.initialisation == "mimetic" and not options.pretrained:
+            start_mimetic(model, torch.Generator().manual_seed(options.seed))
     if options.pretrained:
         return model, "from timm's pretrained weights"
     if options.checkpoint is None:
-        return model, "from scratch"
+        return model, "from scratch" + (", mimetic" if options.initialisation == "mimetic" else "")
     state = read_checkpoint(options.checkpoint).state
     own = model.state_dict()
     fitting = {name: value.float() for name, value in state.items() if name in own and own[name].shape == value.shape}

@@ -49,6 +49,9 @@ class TrainOptions(Options):
     """Start weights, a local file or URL; layers of another shape (the head) start anew."""
     pretrained: bool = False
     """Start from timm's own weights (downloaded by timm)."""
+    initialisation: Literal["timm", "mimetic"] = "timm"
+    """Weights drawn as timm does, or attention that starts out local (Trockman and Kolter 2023): better from scratch on
+    few images. Weights that are read replace either."""
     image_size: int = Field(default=224, ge=32)
     resize_short: int = Field(default=256, ge=32)
     """Short side in pixels before the crop of `image_size`."""
