@@ -175,6 +175,16 @@ def test_metrics_are_held_against_quantus() -> None:
     assert "itself fails" in lines["irof"]["remark"]  # Quantus 0.6 on images with three channels
 
 
+def test_sampling_errors_fall_with_the_number_of_samples() -> None:
+    options = BenchmarkOptions(**{**TINY, "num_samples": 150, "runs": 3})
+    lines = lines_of(run(What.sampling, options, command="benchmark sampling"), "sampling")
+    assert list(lines) == [f"{size} samples" for size in (50, 100, 200, 300)]
+    for kind in ("independent", "antithetic"):
+        errors = [line[f"error, {kind}"]["median"] for line in lines.values()]
+        assert errors[0] > errors[-1] > 0
+        assert lines["300 samples"][f"agreement, {kind}"] > lines["50 samples"][f"agreement, {kind}"]
+
+
 @pytest.mark.slow
 def test_protocol_counts_the_required_passes_and_runs_through_ray() -> None:
     options = BenchmarkOptions(**TINY)

@@ -283,6 +283,16 @@ def test_flags_and_files_become_options(tmp_path):
         options_from(None, {"output": "there"}, [])
 
 
+def test_the_recipe_for_few_images_is_one_that_train_takes():
+    from pathlib import Path
+
+    from xaibatch.cli.train import options_from
+
+    recipe = Path(__file__).parents[1] / "jobs" / "train-scratch.yaml"
+    made = options_from(recipe, {"data": "here", "output": "there"}, [])
+    assert made.initialisation == "mimetic"
+
+
 @pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")  # inside ray.data, which Ray Train imports
 def test_ray_trains_with_two_workers(cluster, toy, tmp_path):
     from xaibatch.cluster.train import train_on_ray

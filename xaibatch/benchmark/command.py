@@ -28,11 +28,12 @@ class What(StrEnum):
     metrics = "metrics"
     protocol = "protocol"
     scaling = "scaling"
+    sampling = "sampling"
     all = "all"
 
 
 def benchmark(
-    what: Annotated[What, typer.Argument(help="floor, explainers, metrics, protocol, scaling or all")] = What.all,
+    what: Annotated[What, typer.Argument(help="sampling, which takes no times, is not in all")] = What.all,
     model: Annotated[str | None, Option(help="timm model name [vit_tiny_patch16_224]")] = None,
     checkpoint: Annotated[str | None, Option(help="weights; without them untrained ones, which cost the same")] = None,
     data: Annotated[str | None, Option(help="folder or manifest; without it random pictures")] = None,
@@ -80,7 +81,7 @@ def run(what: What, options: BenchmarkOptions, *, command: str, profile: bool = 
         torch.set_num_threads(options.threads)
     described = describe(options.device, command)
     print(f"{summary(described)}\n", flush=True)
-    names = [name for name in What if name != What.all] if what == What.all else [what]
+    names = [name for name in What if name not in (What.all, What.sampling)] if what == What.all else [what]
     records = []
     with tempfile.TemporaryDirectory(prefix="xaibatch-benchmark-") as folder:
         setting = prepare(options, Path(folder))
@@ -112,6 +113,10 @@ def _measure(name: What) -> Callable[[Setting], list[Part]]:
         from xaibatch.benchmark.protocol import measure_protocol
 
         return measure_protocol
+    if name == What.sampling:
+        from xaibatch.benchmark.sampling import measure_sampling
+
+        return lambda setting: [measure_sampling(setting)]
     from xaibatch.benchmark.end_to_end import measure_scaling
 
     return measure_scaling

@@ -27,7 +27,7 @@ FIRST_RUN: dict[str, Any] = {
     "metrics.faithfulness_correlation.num_runs": 50,
     "metrics.avg_sensitivity.num_samples": 2,
 }
-"""What makes the run without arguments short: about 3,300 forward passes."""
+"""What makes the run without arguments short: about 2,900 forward passes."""
 
 FIRST_RUN_NOTE = (
     "no --data: a short look at 12 of the 48 shipped radiographs (synthetic, not for clinical use) with a small LIME; "
