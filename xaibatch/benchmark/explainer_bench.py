@@ -17,7 +17,7 @@ from xaibatch.perturb.runner import PlanRunner
 from xaibatch.perturb.segmentation import segment
 from xaibatch.seeding import DrawKey
 
-COPIES_BATCH = {"cpu": 32, "cuda": 256}
+COPIES_BATCH = {"cpu": 16, "cuda": 256}
 """Perturbed copies in one forward pass, as a run has them by default."""
 
 

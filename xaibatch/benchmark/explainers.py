@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xaibatch.benchmark.explainer_bench import COPIES_BATCH, ExplainerBench
 from xaibatch.benchmark.explainer_duels import UNMEASURED, Duel, duels_of
-from xaibatch.benchmark.lines import Cell, Line, Part, megabytes
+from xaibatch.benchmark.lines import Cell, Line, Part, announce, megabytes
 from xaibatch.benchmark.machine import installed
 from xaibatch.benchmark.memory import peak_bytes
 from xaibatch.benchmark.setting import Setting
@@ -45,6 +45,7 @@ def measure_explainers(setting: Setting) -> list[Part]:
             continue
         bench = heavy if any(duel.heavy for duel in duels_of(name, light)) else light
         for duel in duels_of(name, bench):
+            announce(duel.name)
             lines.append(_line(bench, duel))
             profiled[duel.name] = bench.ours([duel.explainer], duel.given_segments)
     if _chosen(setting, "lime"):

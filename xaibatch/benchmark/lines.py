@@ -1,5 +1,6 @@
 """Measured lines in, a Markdown table for people and plain records for a JSON file out."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,3 +107,8 @@ def _plain(cell: Cell) -> Any:
     if isinstance(cell, Spread):
         return {"median": cell.median, "low": cell.low, "high": cell.high}
     return cell
+
+
+def announce(what: str) -> None:
+    """Say on the error stream what is measured now; the output stream is for tables."""
+    print(f"measuring {what}", file=sys.stderr, flush=True)

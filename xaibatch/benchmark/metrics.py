@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xaibatch.benchmark.lines import Cell, Line, Part
+from xaibatch.benchmark.lines import Cell, Line, Part, announce
 from xaibatch.benchmark.machine import installed
 from xaibatch.benchmark.setting import Setting, smaller
 from xaibatch.benchmark.stock_quantus import stock_score
@@ -94,6 +94,7 @@ def measure_metrics(setting: Setting) -> Part:
     for pair in pairs(few):
         if setting.options.only and pair.ours not in setting.options.only:
             continue
+        announce(pair.ours)
         benches = {num: bench(few, pair, num) for num in (1, len(EXPLAINERS))}
         lines.append(_line(few, pair, benches))
         profiled[pair.ours] = benches[len(EXPLAINERS)].ours

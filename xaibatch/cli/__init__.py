@@ -6,6 +6,7 @@ import typer
 
 from xaibatch.cli import evaluate, explain, listing, results, simulate, train
 from xaibatch.errors import XaibatchError
+from xaibatch.pipeline.host_memory import keep_freed_memory
 
 app = typer.Typer(
     name="xaibatch",
@@ -25,6 +26,7 @@ def main(args: list[str] | None = None) -> None:
 
 def run_app(command: typer.Typer, args: list[str] | None = None) -> None:
     """Run a typer application; XaibatchError becomes one line on standard error and its own exit code."""
+    keep_freed_memory()
     try:
         command(args)
     except XaibatchError as error:

@@ -17,6 +17,7 @@ import ray
 from numpy.typing import NDArray
 
 from xaibatch.cluster.telemetry import ReplicaMeter
+from xaibatch.pipeline.host_memory import keep_freed_memory
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, ShardExplanations
 from xaibatch.seeding import DrawKey
 from xaibatch.types import Failure, ImageBatch, Shard
@@ -69,6 +70,7 @@ class Replica:
 
             from xaibatch.pipeline.session import Session
 
+            keep_freed_memory()
             torch.set_num_threads(self._threads)
             device = self._device
             if device == "auto":

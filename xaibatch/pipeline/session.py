@@ -31,7 +31,7 @@ Segments = Mapping[str, Sequence[NDArray[np.int32]]]
 """Superpixels by segmentation name, one int (H,W) per image of a call."""
 
 _SHARDS_HELD = 4
-_DEFAULT_BATCH = {"cpu": 32, "cuda": 256}
+_DEFAULT_BATCH = {"cpu": 16, "cuda": 256}
 _DEFAULT_EXPLAIN_BATCH = {"cpu": 8, "cuda": 64}
 
 
