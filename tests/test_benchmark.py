@@ -176,7 +176,9 @@ def test_metrics_are_held_against_quantus() -> None:
 
 
 def test_sampling_errors_fall_with_the_number_of_samples() -> None:
-    options = BenchmarkOptions(**{**TINY, "num_samples": 150, "runs": 3})
+    model = {**TINY["model_options"], "img_size": 96, "patch_size": 16}  # large enough for several superpixels
+    changes = {"model_options": model, "preprocessing": {"resize_short": 96}, "num_samples": 150, "runs": 3}
+    options = BenchmarkOptions(**{**TINY, **changes})
     lines = lines_of(run(What.sampling, options, command="benchmark sampling"), "sampling")
     assert list(lines) == [f"{size} samples" for size in (50, 100, 200, 300)]
     for kind in ("independent", "antithetic"):

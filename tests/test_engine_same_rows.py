@@ -55,13 +55,15 @@ def run(images: Path, output: Path, **settings: object) -> tuple[Outcome, str]:
     return evaluate(toy_config(images, output, **SETTINGS | settings), run_on_ray, watcher), lines.getvalue()
 
 
-def metrics(name: str, enough: float) -> dict[str, list[float]]:
-    """What Prometheus would read from the node's agent, by metric, once the values of `name` add up to `enough`."""
+def metrics(run_name: str, name: str, enough: float) -> dict[str, list[float]]:
+    """What Prometheus would read from the node's agent about one run, by metric, once the values of `name` add up to
+    `enough` or some seconds have passed."""
     (port,) = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
     deadline = time.monotonic() + 10
     while True:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            found = re.findall(r"^ray_(xaibatch_\w+)\{.*\} (\S+)$", answer.read().decode(), re.MULTILINE)
+            lines = [line for line in answer.read().decode().splitlines() if f'run="{run_name}"' in line]
+        found = re.findall(r"^ray_(xaibatch_\w+)\{.*\} (\S+)$", "\n".join(lines), re.MULTILINE)
         values: dict[str, list[float]] = {}
         for key, value in found:
             values.setdefault(key, []).append(float(value))
@@ -76,37 +78,38 @@ def test_equals_plain_engine_and_resumes(
     """Two replicas against the plain loop: predictions, maps (superpixels made in CPU tasks, noisy copies' too) and
     scores are equal to the last bit. Then some parts are removed, one is cut short and a stranger is put beside them:
     only what is missing is done again, and the rows are the same. A third call has nothing to do."""
-    outcome, printed = run(images, tmp_path / "run", engine__replicas=2)
+    outcome, printed = run(images, tmp_path / "same-rows", engine__replicas=2)
     assert outcome.ok and outcome.num_cells_run == 3 * 5
     assert "15 of 15 cells, 12 images" in printed
     assert "where the time went: model" in printed
     assert_same_rows(outcome.folder, plain)
 
-    state = json.loads((tmp_path / "run" / "progress.json").read_text())
+    state = json.loads((tmp_path / "same-rows" / "progress.json").read_text())
     assert state["state"] == "done" and state["num_cells"] == 15 and state["seconds_by_stage"]["segmentation"] > 0
     num_passes = state["num_forward_passes"]
     assert num_passes == plain.read_json("run.json")["sessions"][0]["num_forward_passes"]
-    shown = metrics("xaibatch_forward_passes_total", num_passes)  # what came in since the last report may be lost
+    # what came in since the last report may be lost
+    shown = metrics("same-rows", "xaibatch_forward_passes_total", num_passes)
     assert 0 < sum(shown["xaibatch_forward_passes_total"]) <= num_passes
     assert 0 < sum(shown["xaibatch_images_total"]) <= 12
     assert {"xaibatch_shards_open", "xaibatch_cells_waiting", "xaibatch_replicas_ready"} <= set(shown)
 
-    parts = sorted((tmp_path / "run" / "scores").rglob("*.parquet"))
+    parts = sorted((tmp_path / "same-rows" / "scores").rglob("*.parquet"))
     parts[0].unlink()
     parts[4].write_bytes(parts[4].read_bytes()[:100])
-    (tmp_path / "run" / "maps" / "shard-00002.parquet").unlink()
-    (tmp_path / "run" / "scores" / "notes.txt").write_text("mine")
-    other = tmp_path / "run" / "scores" / "another_metric" / "shard-00000.parquet"
+    (tmp_path / "same-rows" / "maps" / "shard-00002.parquet").unlink()
+    (tmp_path / "same-rows" / "scores" / "notes.txt").write_text("mine")
+    other = tmp_path / "same-rows" / "scores" / "another_metric" / "shard-00000.parquet"
     other.parent.mkdir()
     shutil.copy(parts[1], other)
     caplog.clear()
-    again, _ = run(images, tmp_path / "run", engine__replicas=1, engine__shards_in_flight=1)
+    again, _ = run(images, tmp_path / "same-rows", engine__replicas=1, engine__shards_in_flight=1)
     assert again.ok and again.num_cells_run == 3
     assert sorted(record.getMessage() for record in caplog.records) == sorted(
         f"left out of the run: {path}: {problem}"
         for path, problem in (
             (parts[4], "truncated or not Parquet"),
-            (tmp_path / "run" / "scores" / "notes.txt", "not a Parquet part"),
+            (tmp_path / "same-rows" / "scores" / "notes.txt", "not a Parquet part"),
             (other, "a part that this run does not have: remove it"),
         )
     )
@@ -114,7 +117,7 @@ def test_equals_plain_engine_and_resumes(
     assert_same_rows(outcome.folder, plain)
 
     watch = Watch()
-    third = evaluate(toy_config(images, tmp_path / "run", **SETTINGS), run_on_ray, watch)
+    third = evaluate(toy_config(images, tmp_path / "same-rows", **SETTINGS), run_on_ray, watch)
     assert third.num_cells_run == 0 and watch.reports == []
 
 
