@@ -1,4 +1,5 @@
-"""How many samples LIME needs with independent and with antithetic ones, against a reference of 5,000; no times.
+"""How many samples LIME needs with independent and with antithetic ones, against a reference of 5,000 (of ten times
+`num_samples`, where that is less); no times.
 
 Shape letters: S samples, M superpixels, K classes, I images, N sample sizes.
 """
@@ -13,6 +14,7 @@ from xaibatch.benchmark.setting import Setting
 from xaibatch.benchmark.timing import Spread
 from xaibatch.explainers.explained_output import softmax
 from xaibatch.explainers.lime_convergence import (
+    REFERENCE_SAMPLES,
     LimeConvergence,
     Probabilities,
     equal_error_sizes,
@@ -29,7 +31,7 @@ def measure_sampling(setting: Setting) -> Part:
     options = setting.options
     bench = ExplainerBench(setting, min(options.heavy_images, options.images))
     sizes = [size for size in SIZES if size <= 2 * options.num_samples]
-    num_reference = 10 * options.num_samples
+    num_reference = min(REFERENCE_SAMPLES, 10 * options.num_samples)
     measured = [
         measure_convergence(
             _model_answers(bench, row),
