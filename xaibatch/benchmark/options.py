@@ -20,12 +20,12 @@ class BenchmarkOptions(Options):
     """Fields that replace the model's own preprocessing."""
     data: str | None = None
     """Folder or manifest; None: random pictures made at run time."""
-    images: int = Field(default=4, ge=1)
+    images: int = Field(default=8, ge=1)
     """Images that trace explainers and metrics are measured on, in one batch."""
     heavy_images: int = Field(default=2, ge=1)
     """Images where each one costs hundreds of forward passes (sampling explainers, protocol); at most `images`."""
-    metric_images: int = Field(default=2, ge=1)
-    """Images that metrics are measured on; at most `images`."""
+    metric_images: int = Field(default=8, ge=1)
+    """Images that metrics are measured on, so many that Quantus too has full batches; at most `images`."""
     only: tuple[str, ...] = ()
     """Explainers or metrics to measure; empty: all."""
     num_samples: int = Field(default=500, ge=4)
