@@ -130,8 +130,8 @@ def record(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, images_per_
 
     The arithmetic is that of the images' dtype, which must be the model's. Raises ModelError for a model that is not a
     plain ViT (see `plain_vit`), for a size it does not take, for another dtype or device, and for a target that is
-    no class. Forward hooks on the model's layers are not run. `images_per_part`: images that share a matrix product;
-    changes speed, memory and rounding only (default: by device).
+    no class. `images_per_part`: images that share a matrix product; changes speed, memory and rounding only (default:
+    by device).
     """
     vit: Any = plain_vit(model)
     weight = vit.head.weight

@@ -23,12 +23,19 @@ from xaibatch.errors import ModelError
 SUPPORTED = (
     "timm VisionTransformer (or a wrapper with one as `.backbone`): class-token or average pooling, any patch and "
     "image size, register tokens, pre-norm, final norm or fc_norm, LayerNorm or RmsNorm, qk-norm, LayerScale, MLP, GLU "
-    "or SwiGLU blocks, linear head"
+    "or SwiGLU blocks with element-wise activations, linear head, no forward hooks"
 )
 _LAYERS: Any = timm.layers
 _MODEL: Any = timm.models.vision_transformer
 _MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 _NORMS = (_LAYERS.LayerNorm, _LAYERS.RmsNorm, nn.LayerNorm, nn.Identity)
+_DROPS = (nn.Dropout, _LAYERS.DropPath, _LAYERS.PatchDropout, nn.Identity)
+_ACTIVATIONS = (
+    nn.GELU, nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Sigmoid, nn.Tanh,
+    nn.Hardsigmoid, nn.Hardswish, nn.Softplus, nn.Identity, _LAYERS.GELU, _LAYERS.GELUTanh, _LAYERS.QuickGELU,
+    _LAYERS.Swish, _LAYERS.Mish, _LAYERS.Sigmoid, _LAYERS.Tanh,
+)  # fmt: skip
+"""What timm can be asked for by name, and torch's: each acts on every hidden unit by itself."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,8 @@ def plain_vit(model: nn.Module) -> VisionTransformer:
 
     Raises ModelError, naming the class or feature and what is supported, for everything a trace cannot replay: other
     architectures, subclasses that compute something else (distilled DeiT), attention or max pooling, parallel or
-    post-norm blocks, gated or differential attention, norms inside attention or MLP, replaced forward methods.
+    post-norm blocks, gated or differential attention, norms inside attention or MLP, replaced forward methods, other
+    layers in the places of dropout and activation, and layers with forward hooks, which a trace would not call.
     """
     vit = model if isinstance(model, VisionTransformer) else getattr(model, "backbone", None)
     if not isinstance(vit, VisionTransformer):
@@ -101,6 +109,7 @@ def plain_vit(model: nn.Module) -> VisionTransformer:
     for method in _MODEL_METHODS:
         if method in vit.__dict__ or getattr(type(vit), method) is not getattr(VisionTransformer, method):
             _refuse(vit, f"{type(vit).__name__} has its own {method}()")
+    _check_hooks(vit, model)
     _check_ends(vit)
     for index, block in enumerate(vit.blocks):
         _check_block(vit, f"blocks.{index}", block)
@@ -126,7 +135,7 @@ def block_layers(block: Any) -> BlockLayers:
         out=_affine(attention.proj).scaled(_gamma(block.ls1)),
         norm2=block.norm2,
         mlp_in=mlp_in,
-        act=mlp.act,
+        act=_out_of_place(mlp.act),
         gated=not isinstance(mlp, _LAYERS.Mlp),
         gate_first=isinstance(mlp, _LAYERS.SwiGLU) or (isinstance(mlp, _LAYERS.GluMlp) and not mlp.gate_last),
         mlp_out=_affine(mlp.fc2).scaled(_gamma(block.ls2)),
@@ -207,6 +216,20 @@ def _gamma(layer: Any) -> Tensor | None:
     return layer.gamma.detach() if isinstance(layer, _MODEL.LayerScale) else None
 
 
+def _out_of_place(act: Any) -> Callable[[Tensor], Tensor]:
+    """The activation; one that works in place would overwrite the input that the record keeps."""
+    return (lambda t: act(t.clone())) if getattr(act, "inplace", False) else act
+
+
+def _check_hooks(vit: VisionTransformer, model: nn.Module) -> None:
+    """Refuse forward hooks, which may change what a layer gives: on the model's layers, and on the wrapper itself."""
+    named = dict(vit.named_modules(prefix="" if model is vit else "backbone"))
+    for name, module in ({"": model} | named).items():
+        if module._forward_hooks or module._forward_pre_hooks:
+            where = f"its layer {name}" if name else "it"
+            _refuse(vit, f"a forward hook ({where}, a {type(module).__name__}, has one: remove it before the call)")
+
+
 def _check_ends(vit: Any) -> None:
     """Patch embedding, pooling, norms and head."""
     if getattr(vit, "attn_pool", None) is not None:
@@ -230,6 +253,9 @@ def _check_ends(vit: Any) -> None:
         ("fc_norm", vit.fc_norm),
     ):
         _require(vit, name, norm, *_NORMS)
+    _require(vit, "blocks", vit.blocks, nn.Sequential)
+    for name in ("pos_drop", "patch_drop", "head_drop"):
+        _require(vit, name, vit.get_submodule(name), *_DROPS)
 
 
 def _check_block(vit: Any, name: str, block: Any) -> None:
@@ -239,9 +265,14 @@ def _check_block(vit: Any, name: str, block: Any) -> None:
     _require(vit, f"{name}.mlp", mlp, _LAYERS.Mlp, _LAYERS.GluMlp, _LAYERS.SwiGLU)
     if getattr(attention, "gate", None) is not None:
         _refuse(vit, f"gated attention ({name}.attn.gate)")
+    if attention.scale != attention.head_dim**-0.5:
+        _refuse(vit, f"another scale of the dot products than 1/sqrt(head width) ({name}.attn.scale)")
     for part, layer in (("attn.norm", getattr(attention, "norm", None)), ("mlp.norm", mlp.norm)):
-        if layer is not None and not isinstance(layer, nn.Identity):
+        if layer is not None and type(layer) is not nn.Identity:
             _refuse(vit, f"a norm inside attention or MLP ({name}.{part})")
+    _require(vit, f"{name}.mlp.act", mlp.act, *_ACTIVATIONS)
+    for part in ("drop_path1", "drop_path2", "attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2"):
+        _require(vit, f"{name}.{part}", block.get_submodule(part), *_DROPS)
     for part in ("norm1", "norm2", "attn.q_norm", "attn.k_norm"):
         _require(vit, f"{name}.{part}", block.get_submodule(part), *_NORMS)
     for part in ("ls1", "ls2"):
@@ -261,7 +292,7 @@ def _require(vit: VisionTransformer, name: str, layer: object, *allowed: type[nn
     for cls in allowed:
         if isinstance(layer, cls) and type(layer).forward is cls.forward and "forward" not in layer.__dict__:
             return
-    names = ", ".join(dict.fromkeys(cls.__name__ for cls in allowed))
+    names = ", ".join(sorted({cls.__name__ for cls in allowed}))
     changed = isinstance(layer, allowed)
     what = f"{name} = {type(layer).__name__}" + (" with a replaced forward()" if changed else "")
     _refuse(vit, f"{what} (known there: {names})")
