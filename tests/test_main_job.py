@@ -16,6 +16,10 @@ from safetensors.torch import save_file
 
 from tests.toy import CLASSES, MODEL, toy_images
 from xaibatch.cli import main
+from xaibatch.cli.evaluate import config_path, named_configs
+from xaibatch.config import ALIASES, load_config, select
+from xaibatch.errors import ConfigError
+from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.models.load import load_model
 from xaibatch.results.parts import RunFolder
 
@@ -139,6 +143,12 @@ def test_bad_images_become_rows(data: Path, checkpoint: Path, config: Path, tmp_
         (["--set", "repeats"], "key.path=value"),
         (["--precision", "float16"], "bfloat16"),
         (["--config", "papre"], "paper"),
+        (["--explainers", ","], "list explainers"),
+        (["--set", "explainers={lime: 5}"], "explainers.lime"),
+        (["--set", "metrics=3"], "metrics"),
+        (["--set", "engine.shard_size.x=3", "--set", "engine.shard_size=2"], "shard_size"),
+        (["--set", "model.pretrained=true"], "checkpoint and pretrained"),
+        (["--gpus-per-replica", "1.5"], "whole number"),
         (["--output", "/proc/nowhere/run"], "--output"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -155,7 +165,12 @@ def test_usage_errors(
     """One line that names what is wrong and what is known or to be done; exit code 2; nothing is left behind."""
     args = arguments(data, checkpoint, config, tmp_path / "run")
     if change[0] == "--model":
-        args[args.index("--checkpoint") : args.index("--checkpoint") + 2] = ["--set", "model.options={}"]
+        args[args.index("--checkpoint") : args.index("--checkpoint") + 2] = [
+            "--set",
+            "model.options={}",
+            "--set",
+            "model.untrained=true",
+        ]
     for flag in change[::2]:
         if flag in args and flag != "--set":
             del args[args.index(flag) : args.index(flag) + 2]
@@ -165,6 +180,87 @@ def test_usage_errors(
     assert "Traceback" not in error
     assert len(error.strip().splitlines()) == 1
     assert not list(tmp_path.glob("run/scores"))
+
+
+def test_without_weights_nothing_is_explained(
+    data: Path, checkpoint: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A forgotten --checkpoint is a usage error that names the ways out; random weights must be asked for by name."""
+    args = arguments(data, checkpoint, config, tmp_path / "run")
+    del args[args.index("--checkpoint") : args.index("--checkpoint") + 2]
+    assert run(*args) == 2
+    error = capsys.readouterr().err
+    assert "--checkpoint" in error and "model.pretrained=true" in error and "model.untrained=true" in error
+    assert not (tmp_path / "run").exists()
+    assert run(*args, "--set", "model.untrained=true", "--set", "model.options.img_size=32", "--limit", "3") == 0
+    assert RunFolder(str(tmp_path / "run")).read_json("run.json")["model"]["source"]["kind"] == "untrained"
+
+
+@pytest.mark.parametrize("written", ["[lime, random]", "lime, random", "{lime: , random: {}}", "[lime: {}, random]"])
+def test_explainers_may_be_a_list_of_names(written: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"explainers: {written}\n")
+    assert load_config(path).explainers == {"lime": {}, "random": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"explainers: {lime: 5}", "explainers.lime: expected options"),
+        (b"explainers: 5", "explainers: expected names"),
+        (b"explainers: [lime, lime]", "'lime' is named twice"),
+        (b"metrics: [3]", "expected the name of a method, received 3"),
+        (b"output: caf\xe9", "cannot read the configuration"),
+        (b"model: {pretrained: true, untrained: true}", "configuration: model: pretrained and untrained exclude"),
+    ],
+)
+def test_configuration_errors_are_one_line(content: bytes, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value) and "Value error" not in str(caught.value)
+
+
+def test_a_record_s_own_check_reads_as_a_sentence() -> None:
+    changed = {"std": (0.0, 0.1, 0.2)}
+    with pytest.raises(ConfigError) as caught:
+        load_model(MODEL["model.name"], model_options=MODEL["model.options"], preprocessing=changed)
+    assert "Value error" not in str(caught.value) and ": :" not in str(caught.value)
+    assert str(caught.value).startswith("preprocessing: ") and "{" not in str(caught.value)
+
+
+def test_settings_reach_methods_whose_names_hold_dots() -> None:
+    """A plug-in's `package.module:name` is one part of a key, before and after it is configured."""
+    settings = {"explainers.my.pkg:maps.radius": 2, "explainers.my.pkg:maps.steps.first": 1, "metrics.a.b:C": {"x": 1}}
+    config = load_config(None, settings)
+    assert config.explainers == {"my.pkg:maps": {"radius": 2, "steps": {"first": 1}}}
+    assert config.metrics == {"a.b:C": {"x": 1}}
+    assert load_config(
+        None, {"explainers": {"v1.2": {"use": "lime"}}, "explainers.v1.2.num_samples": 9}
+    ).explainers == {"v1.2": {"use": "lime", "num_samples": 9}}
+
+
+def test_an_alias_takes_the_preset_s_options() -> None:
+    """Bare `attention_rollout` under the study's protocol is the study's rollout, not the default one."""
+    paper = load_config(config_path("paper"), {"explainers.attention_rollout.discard_ratio": 0.25})
+    chosen = select(paper, explainers=["attention_rollout"]).explainers
+    assert chosen == {"attention_rollout_mean": {"normalisation": "study", "discard_ratio": 0.25}}
+    for alias, name in ALIASES.items():
+        assert resolve_explainer(alias) is resolve_explainer(name)
+
+
+def test_named_configurations_are_listed_and_valid(capsys: pytest.CaptureFixture[str]) -> None:
+    """`xaibatch list configs` shows what --config takes by name; other YAML files in jobs/ are none of them."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["list", "configs"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert list(named_configs()) == ["default", "embedded", "paper"]
+    assert all(f" {name} " in shown for name in named_configs()) and "rayjob" not in shown
+    with pytest.raises(ConfigError, match="one of default, embedded, paper"):
+        config_path("rayjob")
 
 
 def test_data_errors(

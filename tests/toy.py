@@ -51,6 +51,7 @@ def toy_config(data: Path, output: Path, **settings: Any) -> RunConfig:
     """A small run on a toy data set; keyword arguments with `__` for dots replace settings."""
     content: dict[str, Any] = {
         **MODEL,
+        "model.untrained": "model__checkpoint" not in settings,
         "data.path": str(data),
         "output": str(output),
         "explainers": {

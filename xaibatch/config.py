@@ -3,12 +3,13 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from xaibatch.data.findings import FindingOptions
 from xaibatch.errors import ConfigError
@@ -17,6 +18,9 @@ from xaibatch.options import Options, validated
 
 EMBEDDED = "embedded"
 """As `data.path` and `model.checkpoint`: the shipped synthetic radiographs and their classifier."""
+
+ALIASES: Final = {"attention_rollout": "attention_rollout_mean"}
+"""Explainer labels that stand for another one, so that what a preset says of the one holds for both."""
 
 Precision = Literal["auto", "float32", "float64", "bfloat16"]
 
@@ -32,10 +36,27 @@ class ModelConfig(Options):
     """Class names in the order of the logits; None: from the checkpoint, a JSON beside it, or the data."""
     pretrained: bool = False
     """Load timm's own pretrained weights (needs the network or timm's cache)."""
+    untrained: bool = False
+    """Explain a model with random weights; without it, no weights at all are a mistake."""
     preprocessing: dict[str, Any] = Field(default_factory=dict)
     """Fields that replace those of the checkpoint's record or timm's configuration, e.g. `resize_short: 224`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for timm's `create_model`, e.g. `img_size: 384`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = {"checkpoint": self.checkpoint is not None, "pretrained": self.pretrained, "untrained": self.untrained}
+        if sum(given.values()) > 1:
+            raise ValueError(f"{' and '.join(name for name in given if given[name])} exclude each other: give one")
+        return self
+
+    def check_weights(self) -> None:
+        """Raise ConfigError where nothing says which weights: maps of a random model look like any others."""
+        if self.checkpoint is None and not self.pretrained and not self.untrained:
+            raise ConfigError(
+                f"no weights for {self.name!r}: give --checkpoint (a .safetensors or weights-only .pth file), or "
+                "--set model.pretrained=true for timm's own, or --set model.untrained=true for random ones"
+            )
 
 
 class DataConfig(Options):
@@ -89,6 +110,13 @@ class EngineConfig(Options):
     """Shards a replica has queued: the bounded window."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @field_validator("gpus_per_replica")
+    @classmethod
+    def _share_or_whole(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("Ray reserves a share of one GPU (at most 1) or a whole number of GPUs")
+        return value
+
     def images_per_shard(self, num_images: int) -> int:
         """The shard size that a run of `num_images` uses; follows from the configuration and the data alone.
 
@@ -133,22 +161,48 @@ class RunConfig(Options):
 def load_config(path: str | Path | None, settings: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a YAML file (or the built-in defaults) and apply dotted `settings` on top; ConfigError names what is wrong.
 
+    `explainers` and `metrics` may also be one name or a list of names, each with its default options.
+
     >>> load_config(None, {"engine.shard_size": 4}).engine.shard_size
     4
+    >>> load_config(None, {"explainers": ["lime", "attention_rollout"]}).explainers
+    {'lime': {}, 'attention_rollout_mean': {}}
     """
-    content: dict[str, Any] = {}
-    if path is not None:
-        try:
-            content = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read the configuration {str(path)!r}: {error}") from None
-        if not isinstance(content, dict):
-            raise ConfigError(f"the configuration {str(path)!r} is not a mapping of keys to values")
-    for section in ("explainers", "metrics"):
-        content[section] = {label: dict(options or {}) for label, options in (content.get(section) or {}).items()}
+    content = {} if path is None else read_yaml(path)
+    _name_methods(content)
     for key, value in (settings or {}).items():
-        _set(content, key.split("."), value, key)
+        set_value(content, key, value)
+    _name_methods(content)
     return validated(RunConfig, content, "configuration")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping of keys to values; ConfigError for a file that cannot be read or holds something else."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {' '.join(str(error).split())}") from None
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"the configuration {str(path)!r} is not a mapping of keys to values")
+    return content or {}
+
+
+def set_value(content: dict[str, Any], key: str, value: Any) -> None:
+    """Put `value` at a dotted key, making the sections on the way. ConfigError where one of them is a value.
+
+    >>> content = {"explainers": {}}
+    >>> set_value(content, "explainers.my.module:maps.radius", 3)
+    >>> content
+    {'explainers': {'my.module:maps': {'radius': 3}}}
+    """
+    *path, last = _parts(content, key)
+    for part in path:
+        if content.get(part) is None:
+            content[part] = {}
+        content = content[part]
+        if not isinstance(content, dict):
+            raise ConfigError(f"cannot set {key!r}: {part!r} is not a section")
+    content[last] = value
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -170,7 +224,8 @@ def select(config: RunConfig, *, explainers: Sequence[str] = (), metrics: Sequen
     """Keep the named labels, with the configuration's options where it has them and defaults otherwise."""
     changes: dict[str, Any] = {}
     if explainers:
-        changes["explainers"] = {label: config.explainers.get(label, {}) for label in explainers}
+        labels = [label if label in config.explainers else ALIASES.get(label, label) for label in explainers]
+        changes["explainers"] = {label: config.explainers.get(label, {}) for label in labels}
     if metrics:
         changes["metrics"] = {label: config.metrics.get(label, {}) for label in metrics}
     return config.model_copy(update=changes)
@@ -186,9 +241,44 @@ def method_of(label: str, options: Mapping[str, Any]) -> tuple[str, dict[str, An
     return str(options.pop("use", label)), options
 
 
-def _set(content: dict[str, Any], path: list[str], value: Any, key: str) -> None:
-    for part in path[:-1]:
-        content = content.setdefault(part, {})
-        if not isinstance(content, dict):
-            raise ConfigError(f"cannot set {key!r}: {part!r} is not a section")
-    content[path[-1]] = value
+def _name_methods(content: dict[str, Any]) -> None:
+    """Bring `explainers` and `metrics`, in any of the forms they may be written in, to label -> options."""
+    for section in ("explainers", "metrics"):
+        value = content.get(section)
+        if isinstance(value, str):
+            value = [name.strip() for name in value.split(",")]
+        if not isinstance(value, list | dict | None):
+            raise ConfigError(f"{section}: expected names or a mapping of names to options, received {value!r}")
+        entries = value if isinstance(value, list) else [value or {}]
+        content[section] = {}
+        for entry in entries:
+            for label, options in entry.items() if isinstance(entry, dict) else [(entry, None)]:
+                _add_method(content[section], section, label, options)
+
+
+def _add_method(methods: dict[str, Any], section: str, label: Any, options: Any) -> None:
+    if not isinstance(label, str) or not label:
+        raise ConfigError(f"{section}: expected the name of a method, received {label!r}")
+    if not isinstance(options, dict | None):
+        raise ConfigError(f"{section}.{label}: expected options such as `name: value`, received {options!r}")
+    if section == "explainers" and "use" not in (options or {}):
+        label = ALIASES.get(label, label)
+    if label in methods:
+        raise ConfigError(f"{section}: {label!r} is named twice; give one of the two another label and `use: {label}`")
+    methods[label] = dict(options or {})
+
+
+def _parts(content: Mapping[str, Any], key: str) -> list[str]:
+    """A dotted key's parts. The label of a method may hold dots itself: one that is there, or a plug-in's
+    `package.module:name`, counts as one part."""
+    section, _, rest = key.partition(".")
+    methods = content.get(section)
+    if section not in ("explainers", "metrics") or not rest or not isinstance(methods, dict):
+        return key.split(".")
+    there = [label for label in methods if rest == label or rest.startswith(f"{label}.")]
+    plugin = re.match(r"[^:=]+:[^.]+", rest)
+    label = max(there, key=len) if there else plugin.group() if plugin else rest.partition(".")[0]
+    options = rest.removeprefix(label).removeprefix(".")
+    if section == "explainers" and label not in methods:
+        label = ALIASES.get(label, label)
+    return [section, label, *(options.split(".") if options else [])]

@@ -40,7 +40,11 @@ def _line(model: type[BaseModel], item: Any, where: str) -> str:
         near = get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return f"{where}: unknown option {path!r}.{hint} Known: {', '.join(known) or 'none'}"
-    return f"{where}: {path}: {item['msg']} (received {item['input']!r})"
+    place = f"{where}: {path}" if path else where
+    if item["type"] == "value_error":  # a record's own check, whose message stands alone; pydantic puts its prefix
+        received = "" if isinstance(item["input"], dict) else f" (received {item['input']!r})"
+        return f"{place}: {item['ctx']['error']}{received}"
+    return f"{place}: {item['msg']} (received {item['input']!r})"
 
 
 def _known(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

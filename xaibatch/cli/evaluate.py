@@ -96,7 +96,9 @@ def evaluate(
         run_config = load_config(config_path("embedded"), FIRST_RUN | settings)
     else:
         run_config = load_config(config_path(config or "default"), settings)
-    run_config = select(run_config, explainers=_names(explainers), metrics=_names(metrics))
+    run_config.model.check_weights()
+    chosen = {"explainers": _names("--explainers", explainers), "metrics": _names("--metrics", metrics)}
+    run_config = select(run_config, **chosen)
     raise SystemExit(run(run_config, no_ray=no_ray, estimate_only=estimate_only, write_report=report))
 
 
@@ -149,22 +151,26 @@ def config_path(name: str) -> Path:
     """A YAML file by path, or a named one that ships with the project (`default`, `paper`, ...)."""
     if Path(name).is_file():
         return Path(name)
-    known = sorted(path.stem for path in _presets().glob("*.yaml"))
+    known = named_configs()
     if name not in known:
         raise ConfigError(f"no configuration {name!r}: give a YAML file or one of {', '.join(known)}")
-    return _presets() / f"{name}.yaml"
+    return known[name]
 
 
-def _presets() -> Path:
-    """`jobs/` of the checkout, or the copy inside an installed package."""
+def named_configs() -> dict[str, Path]:
+    """The configurations that `--config` takes by name: in `jobs/` of a checkout, else the copies in the package."""
     package = Path(__file__).resolve().parents[1]
-    checkout = package.parent / "jobs"
-    return checkout if (checkout / "default.yaml").is_file() else package / "presets"
+    copies = sorted((package / "presets").glob("*.yaml"))
+    originals = [package.parent / "jobs" / path.name for path in copies]
+    return {path.stem: path for path in (originals if all(path.is_file() for path in originals) else copies)}
 
 
-def _names(text: str | None) -> list[str]:
-    """Comma-separated names; commas inside a quoted name do not occur."""
-    return [name.strip() for name in text.split(",") if name.strip()] if text else []
+def _names(flag: str, text: str | None) -> list[str]:
+    """Names between commas; none where the flag is not given. ConfigError where it is given without a name."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    if text is not None and not names:
+        raise ConfigError(f"{flag} names none (received {text!r}): leave it out, or see xaibatch list {flag[2:]}")
+    return names
 
 
 def _engine(no_ray: bool) -> "tuple[Engine, Calibrate]":

@@ -12,6 +12,7 @@ class What(StrEnum):
 
     explainers = "explainers"
     metrics = "metrics"
+    configs = "configs"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -19,8 +20,8 @@ def add_to(app: typer.Typer) -> None:
 
 
 def list_(what: What) -> None:
-    """Name, paper, direction or sign, cost in forward passes, and what each method needs."""
-    table = _explainers() if what == What.explainers else _metrics()
+    """Each method's paper, direction or sign, cost in forward passes and needs; or the named configurations."""
+    table = {What.explainers: _explainers, What.metrics: _metrics, What.configs: _configs}[what]()
     console = Console()
     Console(width=console.width if console.is_terminal else 220).print(table)
 
@@ -72,4 +73,15 @@ def _metrics() -> Table:
         "also: quantus:<Class> with its keyword arguments (stock Quantus), package.module:Class, "
         "entry points of the group xaibatch.metrics"
     )
+    return table
+
+
+def _configs() -> Table:
+    from xaibatch.cli.evaluate import named_configs
+    from xaibatch.config import load_config
+
+    table = Table("name", "explainers", "metrics", "file", title="configurations (--config NAME)")
+    for name, path in named_configs().items():
+        config = load_config(path)
+        table.add_row(name, ", ".join(config.explainers), ", ".join(config.metrics), str(path))
     return table

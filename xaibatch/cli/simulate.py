@@ -45,18 +45,13 @@ def simulate(
 
 def options_from(size: int, shortcut: str, shortcut_label: str, settings: list[str]) -> Any:
     """Flags to SimulationOptions; raises ConfigError for unknown keys and impossible values."""
-    from xaibatch.config import parse_setting
+    from xaibatch.config import parse_setting, set_value
     from xaibatch.options import validated
     from xaibatch.simulate.options import SimulationOptions
 
     values: dict[str, Any] = {"size": size, "shortcut": {"kind": shortcut, "label": shortcut_label}}
     for text in settings:
-        key, value = parse_setting(text)
-        *path, last = key.split(".")
-        place = values
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = value
+        set_value(values, *parse_setting(text))
     return validated(SimulationOptions, values, "simulation")
 
 

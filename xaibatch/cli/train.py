@@ -58,26 +58,13 @@ def train(
 
 def options_from(config: Path | None, flags: dict[str, Any], settings: list[str]) -> Any:
     """File, then --set, then flags, to TrainOptions; raises ConfigError for unknown keys and impossible values."""
-    import yaml
-
-    from xaibatch.config import parse_setting
+    from xaibatch.config import parse_setting, read_yaml, set_value
     from xaibatch.options import validated
     from xaibatch.training.options import TrainOptions
 
-    values: dict[str, Any] = {}
-    if config is not None:
-        if not config.is_file():
-            raise ConfigError(f"no configuration file {str(config)!r}")
-        values = yaml.safe_load(config.read_text()) or {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{config} does not hold options: expected lines such as `epochs: 40`")
+    values = {} if config is None else read_yaml(config)
     for text in settings:
-        key, value = parse_setting(text)
-        *path, last = key.split(".")
-        place = values
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = value
+        set_value(values, *parse_setting(text))
     values |= flags
     for needed in ("data", "output"):
         if needed not in values:
