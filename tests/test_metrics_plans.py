@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from xaibatch.metrics import METRICS, resolve_metric
 from xaibatch.metrics.base import MapMetric, PlanMetric, VariantMetric
 from xaibatch.metrics.patches import patch_grid
 from xaibatch.metrics.similarity import mean_ranks, pearson, spearman
+from xaibatch.metrics.ties import TIE, levels, ordered
 from xaibatch.perturb.expand import expand
 from xaibatch.perturb.plans import FillPlan, GaussianNoisePlan, ImputationPlan
 
@@ -82,6 +84,49 @@ def test_correlations_equal_scipy_with_ties() -> None:
     assert pearson(a, b) == pytest.approx(pearsonr(a, b)[0], abs=1e-14)
     assert spearman(a, b) == pytest.approx(spearmanr(a, b)[0], abs=1e-14)
     np.testing.assert_array_equal(mean_ranks(a), rankdata(a))
+
+
+def test_values_equal_but_for_rounding_are_ties() -> None:
+    """Six levels, each value off by up to 1e-14 of the peak: ranks are SciPy's of the levels, order is by position."""
+    from scipy.stats import rankdata
+
+    generator = np.random.default_rng(1)
+    exact = generator.integers(-2, 4, 500) / 3
+    noisy = exact + 1e-14 * generator.uniform(-1, 1, 500)
+    assert len(np.unique(noisy)) > 400
+    np.testing.assert_array_equal(levels(noisy), np.unique(exact, return_inverse=True)[1])
+    np.testing.assert_array_equal(mean_ranks(noisy), rankdata(exact))
+    np.testing.assert_array_equal(ordered(noisy), np.argsort(exact, kind="stable"))
+    assert levels(np.array([])).tolist() == [] and levels(np.array([0.0, 0.0])).tolist() == [0, 0]
+
+
+def test_numbers_of_float32_are_ties_only_where_they_are_equal() -> None:
+    """Over four decades; and below an enormous peak, where all the rest lies within the tolerance of its neighbours."""
+    generator = np.random.default_rng(2)
+    values = (generator.normal(size=3000) * 10.0 ** generator.integers(-4, 1, 3000)).astype(np.float32)
+    values[:50] = values[50:100]
+    for peak in (1, 1e12):
+        values[-1] = peak
+        np.testing.assert_array_equal(levels(values), np.unique(values, return_inverse=True)[1])
+        np.testing.assert_array_equal(ordered(values), np.argsort(values, kind="stable"))
+    assert np.diff(np.unique(values[:-1])).max() < TIE * 1e12
+
+
+def test_superpixels_of_one_value_are_removed_by_position() -> None:
+    """A constant map: every superpixel's mean is 0.1 but for the rounding of its sum. Superpixels are those of the
+    image's float32 values, whatever the run computes in."""
+    bench = Bench(num=1, maps=np.full((1, 32, 32), 0.1))
+    plan = METRICS["irof"](normalise=False).plan(bench.view(0))
+    segments_HW, size_M = plan.segments_HW, np.bincount(plan.segments_HW.ravel())
+    mean_M = np.bincount(segments_HW.ravel(), np.full(1024, 0.1)) / size_M
+    assert len(np.unique(mean_M)) > 1
+    assert (plan.keep_SM == ~np.tri(len(size_M), dtype=bool)).all()
+    wider = replace(bench.view(0), image_CHW=bench.x[0].astype(np.float64) + 1e-10)
+    seen: list[np.ndarray] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skimage.segmentation.slic", lambda image, **_: seen.append(image) or segments_HW)
+        METRICS["irof"]().plan(wider)
+    np.testing.assert_array_equal(seen[0], np.moveaxis(bench.x[0], 0, -1))
 
 
 def test_importing_metrics_is_light() -> None:

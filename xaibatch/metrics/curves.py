@@ -11,6 +11,7 @@ from pydantic import Field
 
 from xaibatch.metrics.base import ImageView
 from xaibatch.metrics.reading import MapReading, OutputReading
+from xaibatch.metrics.ties import ordered
 from xaibatch.options import Options
 from xaibatch.perturb.plans import Baseline, Entries
 
@@ -18,8 +19,8 @@ from xaibatch.perturb.plans import Baseline, Entries
 class Steps(MapReading, OutputReading):
     """Options of every metric that changes entries step by step in the order of their relevance.
 
-    Entries of equal relevance are taken by position. Quantus leaves their order to NumPy's unstable sort, which differs
-    between processors; under `channel` the channels of a pixel are always such ties.
+    Entries of equal relevance (see `ties.TIE`) are taken by position. Quantus leaves their order to NumPy's unstable
+    sort, which differs between processors; under `channel` the channels of a pixel are always such ties.
     """
 
     entries: Entries = "channel"
@@ -51,9 +52,8 @@ def relevance_by_entry(
 
 
 def order_of(relevance_N: NDArray[np.float64], which: Literal["descending", "ascending"]) -> NDArray[np.int32]:
-    """Entries from most to least relevant, or the reverse; equal ones by position, int32 (N,)."""
-    keyed = -relevance_N if which == "descending" else relevance_N
-    return np.argsort(keyed, kind="stable").astype(np.int32)
+    """Entries from most to least relevant, or the reverse; those equal but for rounding by position, int32 (N,)."""
+    return ordered(-relevance_N if which == "descending" else relevance_N).astype(np.int32)
 
 
 def sums_by_step(ordered_N: NDArray[np.float64], counts_S: NDArray[np.int32]) -> NDArray[np.float64]:

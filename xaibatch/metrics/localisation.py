@@ -14,6 +14,7 @@ from xaibatch.metrics.base import METRICS, MapMetric, MapView
 from xaibatch.metrics.curves import order_of
 from xaibatch.metrics.reading import MapReading, positive_mass, read_map
 from xaibatch.metrics.similarity import mean_ranks
+from xaibatch.metrics.ties import levels
 from xaibatch.options import Options
 from xaibatch.types import ZERO_DENOMINATOR
 
@@ -62,7 +63,8 @@ class PointingGame(LocalisationMetric):
 
     def score(self, view: MapView) -> float:
         values_N, mask_N = self.read(view)
-        hit = bool(mask_N[values_N == values_N.max()].any())
+        level_N = levels(values_N)
+        hit = bool(mask_N[level_N == level_N.max()].any())
         return hit * (1 - float(mask_N.mean()) if self.options.weighted else 1.0)
 
 

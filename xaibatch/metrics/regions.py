@@ -169,8 +169,8 @@ class Irof(PlanMetric):
     def _segments(self, view: ImageView) -> NDArray[np.int32]:
         from skimage.segmentation import slic  # takes SciPy along: only where it is used
 
-        image_HWC = np.moveaxis(view.image(), 0, -1).astype(np.float64)
-        labels_HW = slic(image_HWC, n_segments=self.options.num_segments, start_label=0)
+        image_HWC = np.moveaxis(view.image(), 0, -1).astype(np.float32)  # the same superpixels in a run in float64
+        labels_HW = slic(image_HWC.astype(np.float64), n_segments=self.options.num_segments, start_label=0)
         return np.unique(labels_HW, return_inverse=True)[1].reshape(labels_HW.shape).astype(np.int32)
 
     def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:

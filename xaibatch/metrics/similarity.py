@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xaibatch.errors import NotScoredError
+from xaibatch.metrics.ties import levels
 from xaibatch.types import ZERO_DENOMINATOR
 
 Correlation = Literal["pearson", "spearman"]
@@ -35,13 +36,14 @@ def spearman(a_N: NDArray[np.floating], b_N: NDArray[np.floating]) -> float:
 
 
 def mean_ranks(values_N: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Ranks from 1, equal values sharing the mean of theirs.
+    """Ranks from 1, values equal but for rounding (see `ties.TIE`) sharing the mean of theirs.
 
     >>> mean_ranks(np.array([3.0, 1.0, 3.0])).tolist()
     [2.5, 1.0, 2.5]
     """
-    _, group_N, size_G = np.unique(values_N, return_inverse=True, return_counts=True)
-    ranks_N: NDArray[np.float64] = (np.cumsum(size_G) - (size_G - 1) / 2)[group_N]
+    level_N = levels(values_N)
+    size_L = np.bincount(level_N)
+    ranks_N: NDArray[np.float64] = (np.cumsum(size_L) - (size_L - 1) / 2)[level_N]
     return ranks_N
 
 
