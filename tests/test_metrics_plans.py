@@ -121,7 +121,7 @@ def test_superpixels_of_one_value_are_removed_by_position() -> None:
     mean_M = np.bincount(segments_HW.ravel(), np.full(1024, 0.1)) / size_M
     assert len(np.unique(mean_M)) > 1
     assert (plan.keep_SM == ~np.tri(len(size_M), dtype=bool)).all()
-    wider = replace(bench.view(0), image_CHW=bench.x[0].astype(np.float64) + 1e-10)
+    wider = replace(bench.view(0), image_CHW=bench.x[0].astype(np.float64) * (1 + 1e-10))
     seen: list[np.ndarray] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("skimage.segmentation.slic", lambda image, **_: seen.append(image) or segments_HW)
