@@ -14,7 +14,7 @@ from torch import nn
 
 from xaibatch.errors import ConfigError
 from xaibatch.explainers.base import ExplainInput
-from xaibatch.explainers.explained_output import softmax
+from xaibatch.explainers.explained_output import probabilities as probabilities_of
 from xaibatch.explainers.lime import Lime
 from xaibatch.explainers.lime_fit import draw_samples, fit_local_model, proximity, top_k_mask
 from xaibatch.explainers.superpixels import paint
@@ -103,8 +103,8 @@ def check_golden(golden, images, model, which, num_run=None):
         batch = torch.from_numpy(images[i : i + 1])
         (logits,) = PlanRunner(model=model, batch_size=32).run(batch, [(0, plan)])
         probabilities = golden[f"{i}_probs"].astype(np.float64)
-        np.testing.assert_allclose(softmax(logits), probabilities[:num_run], rtol=0, atol=1e-5)
-        probabilities[:num_run] = softmax(logits)
+        np.testing.assert_allclose(probabilities_of(logits), probabilities[:num_run], rtol=0, atol=1e-5)
+        probabilities[:num_run] = probabilities_of(logits)
         top = golden[f"{i}_top_labels"][0]
         fit = fit_local_model(keep, probabilities)
         np.testing.assert_allclose(fit.weights_MK.T, golden[f"{i}_weights_all"], rtol=0, atol=1e-4)
@@ -170,7 +170,7 @@ def test_r2_is_the_package_score():
         explainer = LimeImageExplainer(random_state=GivenSamples(keep))
         explained = explainer.explain_instance(
             np.ascontiguousarray(image.transpose(1, 2, 0)),
-            lambda x: softmax(model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).detach().numpy()),
+            lambda x: probabilities_of(model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).detach().numpy()),
             labels=(label,), top_labels=None, hide_color=0, num_samples=60, segmentation_fn=lambda x: segments,
         )  # fmt: skip
         explainer_score[label] = explained.score
@@ -186,7 +186,7 @@ def test_r2_is_the_package_score():
 def test_fit_equals_scikit_learn_ridge(seed, num_samples, num_segments, antithetic):
     generator = np.random.default_rng(seed)
     keep = draw_samples(generator, num_samples, num_segments, antithetic)
-    probabilities = softmax(generator.normal(size=(num_samples, 4)))
+    probabilities = probabilities_of(generator.normal(size=(num_samples, 4)))
     distances = pairwise_distances(keep.astype(int), keep[:1].astype(int), metric="cosine").ravel()
     weights = np.sqrt(np.exp(-(distances**2) / 0.25**2))
     np.testing.assert_allclose(proximity(keep, 0.25), weights, rtol=1e-12)
@@ -202,7 +202,8 @@ def test_fit_equals_scikit_learn_ridge(seed, num_samples, num_segments, antithet
 
 def test_a_constant_probability_has_zero_weights():
     fit = fit_local_model(draw_samples(np.random.default_rng(0), 50, 7), np.full((50, 2), 0.5))
-    np.testing.assert_allclose(fit.weights_MK, 0, atol=1e-15)
+    assert not fit.weights_MK.any()
+    assert fit.r2_K.tolist() == [1, 1]
     np.testing.assert_allclose(fit.intercept_K, 0.5, atol=1e-15)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from xaibatch.errors import ConfigError
 from xaibatch.explainers.base import EXPLAINERS, ExplainInput
-from xaibatch.explainers.explained_output import explained_output, softmax
+from xaibatch.explainers.explained_output import explained_output, probabilities
 from xaibatch.explainers.kernel_shap import KernelShap
 from xaibatch.explainers.lime import Lime
 from xaibatch.explainers.lime_convergence import equal_error_sizes, measure_convergence
@@ -331,7 +331,7 @@ def test_a_batch_equals_its_singles(name):
 
 def test_softmax_does_not_overflow():
     logits = np.array([[1000.0, 1001.0, -1000.0]], np.float32)
-    np.testing.assert_allclose(softmax(logits), [[1 / (1 + np.e), np.e / (1 + np.e), 0]], rtol=1e-12)
+    np.testing.assert_allclose(probabilities(logits), [[1 / (1 + np.e), np.e / (1 + np.e), 0]], rtol=1e-12)
     assert explained_output(logits, 1, "logit").tolist() == [1001.0]
 
 
@@ -375,3 +375,81 @@ def test_repeat_agreement():
     assert repeat_agreement(np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])) == pytest.approx(-1 / 3)
     assert np.isnan(repeat_agreement(np.ones((1, 3))))
     assert np.isnan(repeat_agreement(np.ones((2, 3))))
+
+
+# -- outputs that do not vary
+
+
+class Unmoved(nn.Module):
+    """Answers the same to every image, but for the rounding that another place in a batch brings."""
+
+    def __init__(self, logits, units=0):
+        super().__init__()
+        self.logits, self.units = torch.tensor(logits), units
+
+    def forward(self, images):
+        place = torch.arange(len(images))[:, None] % 3 - 1
+        return (self.logits * (1 + self.units * torch.finfo(torch.float32).eps * place)).to(images.dtype)
+
+
+EACH_SAMPLING_EXPLAINER = {
+    "lime": {"num_samples": 40, "segmentation": "grid", "segmentation_options": {"patch_size": 4}},
+    "kernel_shap": {"num_samples": 40, "segmentation": "grid", "segmentation_options": {"patch_size": 4}},
+    "rise": {"num_masks": 40, "grid_size": 3},
+    "occlusion": {"window": 4, "stride": 4},
+    "occlusion_patch": {},
+}
+
+
+@pytest.mark.parametrize("name", EACH_SAMPLING_EXPLAINER)
+@pytest.mark.parametrize("units", [0, 8])
+def test_an_output_that_does_not_vary_gives_a_map_of_exact_zeros(name, units):
+    """So that it is flagged: a mask of the superpixels that rounding puts first would look like any other."""
+    images = make_images(3).float()
+    model = Unmoved([1.3, -0.4, 2.2], units)
+    for options in ({}, {"output": "top_k_mask"}) if name == "lime" else ({},):
+        explainer = EXPLAINERS[name](**EACH_SAMPLING_EXPLAINER[name], **options)
+        assert not explainer.explain(make_inputs(model, images, [0, 1, 2])).maps_Bhw.any()
+
+
+@pytest.mark.parametrize("name", ["lime", "kernel_shap"])
+def test_a_constant_image_gives_a_map_of_exact_zeros(name):
+    """Hiding a superpixel of one colour with its mean colour changes nothing but the mean's rounding."""
+    images = torch.full((2, 3, SIDE, SIDE), 0.3)
+    explainer = EXPLAINERS[name](**EACH_SAMPLING_EXPLAINER[name])
+    assert not explainer.explain(make_inputs(Wavy().float(), images, [0, 1])).maps_Bhw.any()
+
+
+def test_a_saturated_probability_gives_zeros_and_a_small_one_does_not():
+    """Class 0 is certain to the last bit; class 1 varies by its whole (tiny) size."""
+
+    class Certain(nn.Module):
+        def forward(self, images):
+            small = -50 + images.mean((1, 2, 3))
+            return torch.stack([torch.zeros_like(small), small], 1)
+
+    inputs = make_inputs(Certain(), make_images(2), [0, 1])
+    maps = Lime(**EACH_SAMPLING_EXPLAINER["lime"], hide=0.0).explain(inputs).maps_Bhw
+    assert not maps[0].any()
+    assert maps[1].unique().numel() > 5
+
+
+@pytest.mark.parametrize("name", EACH_SAMPLING_EXPLAINER)
+def test_a_model_of_one_output_is_explained_by_its_sigmoid(name):
+    """sigmoid(z) is the softmax of (z, 0): the map is that of the two-class model, the direction included."""
+
+    class WithZero(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            z = self.model(images)
+            return torch.cat([z, torch.zeros_like(z)], 1)
+
+    one = Wavy(num_classes=1)
+    explainer = EXPLAINERS[name](**EACH_SAMPLING_EXPLAINER[name])
+    maps = explainer.explain(make_inputs(one, make_images(2), [0, 0])).maps_Bhw
+    two = explainer.explain(make_inputs(WithZero(one), make_images(2), [0, 0])).maps_Bhw
+    assert maps.unique().numel() > 1
+    torch.testing.assert_close(maps, two, rtol=1e-12, atol=1e-14)

@@ -12,7 +12,7 @@ from xaibatch.benchmark.explainer_bench import COPIES_BATCH, ExplainerBench
 from xaibatch.benchmark.lines import Cell, Line, Part
 from xaibatch.benchmark.setting import Setting
 from xaibatch.benchmark.timing import Spread
-from xaibatch.explainers.explained_output import softmax
+from xaibatch.explainers.explained_output import probabilities
 from xaibatch.explainers.lime_convergence import (
     REFERENCE_SAMPLES,
     LimeConvergence,
@@ -86,6 +86,6 @@ def _model_answers(bench: ExplainerBench, row: int) -> Probabilities:
         plan = SuperpixelPlan(segments_HW=bench.segments[row], keep_SM=keep_SM, baseline="segment_mean")
         with torch.inference_mode():
             (logits_SK,) = runner.run(image_1CHW, [(0, plan)])
-        return softmax(logits_SK)
+        return probabilities(logits_SK)
 
     return answers

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
-from xaibatch.explainers.explained_output import softmax
+from xaibatch.explainers.explained_output import probabilities
 from xaibatch.explainers.lime_fit import draw_samples, fit_local_model, top_k_mask
 from xaibatch.explainers.superpixels import SuperpixelOptions, paint, superpixels
 from xaibatch.perturb.plans import SuperpixelPlan
@@ -77,7 +77,7 @@ class Lime(Explainer):
         maps: list[NDArray[np.float64]] = []
         r2: list[float] = []
         for plan, logits_SK, target in zip(plans, logits, inputs.targets_B.tolist(), strict=True):
-            fit = fit_local_model(plan.keep_SM, softmax(logits_SK), options.kernel_width)
+            fit = fit_local_model(plan.keep_SM, probabilities(logits_SK), options.kernel_width)
             weights_M = fit.weights_MK[:, target]
             maps.append(
                 paint(weights_M, plan.segments_HW)

@@ -21,8 +21,7 @@ class LocalFit:
 
     weights_MK:   effect of showing a superpixel on the class's probability (positive: raises it).
     intercept_K:  the local model's value with everything hidden.
-    r2_K:         weighted coefficient of determination, at most 1; for a probability that does not vary 1 if it is met
-                  exactly and 0 otherwise, as scikit-learn has it.
+    r2_K:         weighted coefficient of determination, at most 1; 1 for a probability that does not vary.
     local_K:      the local model's probability for the image itself.
     """
 
@@ -69,6 +68,7 @@ def fit_local_model(
     Ridge regression with intercept on weighted samples: data and probabilities are centred by their weighted means and
     the M x M normal equations (Gram matrix + alpha) are solved once for all classes. `lime` first orders the
     superpixels by a second ridge fit; with all of them kept this changes nothing but exact ties, so it is left out.
+    Where a probability does not vary all weights are exactly zero (`lime` gives the rounding of its sums, about 1e-17).
     """
     weights_S = proximity(keep_SM, kernel_width)
     share_S = weights_S / weights_S.sum()
@@ -79,12 +79,12 @@ def fit_local_model(
     weighted_SM = centred_SM * weights_S[:, None]
     gram_MM = weighted_SM.T @ centred_SM
     gram_MM[np.diag_indices_from(gram_MM)] += LIME_RIDGE_ALPHA
-    weights_MK = np.linalg.solve(gram_MM, weighted_SM.T @ centred_SK)
+    varies = np.ptp(targets_SK, axis=0) > 0
+    weights_MK = np.where(varies, np.linalg.solve(gram_MM, weighted_SM.T @ centred_SK), 0.0)
     intercept_K = target_mean_K - data_mean_M @ weights_MK
     residual_K = weights_S @ (centred_SK - centred_SM @ weights_MK) ** 2
     total_K = weights_S @ centred_SK**2
-    varies = total_K > 0
-    r2_K = np.where(varies, 1.0 - residual_K / np.where(varies, total_K, 1.0), (residual_K == 0).astype(np.float64))
+    r2_K = np.where(varies, 1.0 - residual_K / np.where(varies, total_K, 1.0), 1.0)
     return LocalFit(weights_MK=weights_MK, intercept_K=intercept_K, r2_K=r2_K, local_K=intercept_K + weights_MK.sum(0))
 
 

@@ -48,7 +48,8 @@ class Rise(Explainer):
 
     Maps (B,H,W), non-negative: the expected probability of the target given that the pixel is shown. Deviation from the
     authors' code: masks differ from image to image (keyed by it) instead of one set for all, and bilinear upsampling
-    with clamped edges, as torch has it, instead of scikit-image's mirrored ones.
+    with clamped edges, as torch has it, instead of scikit-image's mirrored ones; an output that does not vary gives a
+    map of zeros.
     """
 
     name = "rise"
@@ -65,16 +66,14 @@ class Rise(Explainer):
         size = (inputs.images_BCHW.shape[2], inputs.images_BCHW.shape[3])
         plans = [draw_masks(key, size, self.options) for key in inputs.keys]
         logits = inputs.run_plans(list(enumerate(plans)))
-        maps = [
-            rise_map(
-                plan,
-                explained_output(logits_SK, target, "probability"),
-                size,
-                expectation=self.options.keep_probability if self.options.normalisation == "expectation" else None,
-                device=inputs.images_BCHW.device,
-            )
-            for plan, logits_SK, target in zip(plans, logits, inputs.targets_B.tolist(), strict=True)
-        ]
+        maps = []
+        for plan, logits_SK, target in zip(plans, logits, inputs.targets_B.tolist(), strict=True):
+            probability_S = explained_output(logits_SK, target, "probability")
+            if plan.num_samples > 1 and np.ptp(probability_S) == 0:
+                probability_S = np.zeros_like(probability_S)  # else the map shows how often each pixel was covered
+            expectation = self.options.keep_probability if self.options.normalisation == "expectation" else None
+            device = inputs.images_BCHW.device
+            maps.append(rise_map(plan, probability_S, size, expectation=expectation, device=device))
         return Attribution(maps_Bhw=torch.stack(maps).to(inputs.images_BCHW))
 
     def cost(self) -> str:
