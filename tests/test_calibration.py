@@ -91,6 +91,43 @@ def test_the_tolerance_lies_between(images: Path, tmp_path: Path) -> None:
         assert folder.read_json("run.json")["precision"]["chosen"]["lime"] == expected
 
 
+def test_metrics_that_share_a_plan_share_its_precision(images: Path, tmp_path: Path) -> None:
+    """The rank correlation moves more than Pearson's: at a tolerance between the two the common plan stays float32, and
+    both labels say so, whichever comes first; above it both are computed in bfloat16."""
+    metrics = {
+        "a_pearson": {"use": "faithfulness_correlation", **CORRELATION},
+        "b_spearman": {"use": "faithfulness_correlation", "similarity": "spearman", **CORRELATION},
+    }
+    alone = []
+    for label, options in metrics.items():
+        settings = {"explainers": {"random": {}}, "metrics": {label: options}}
+        folder = calibrated(images, tmp_path / label, 1e3, **settings).folder
+        alone.append(folder.read_json("run.json")["precision"]["measured"][0]["worst_error"])
+    assert alone[0] != alone[1]
+    for names in (list(metrics), list(reversed(metrics))):
+        renamed = {f"{number}_{name[2:]}": metrics[name] for number, name in enumerate(names)}
+        settings = {"explainers": {"random": {}}, "metrics": renamed}
+        for tolerance, expected in ((sum(alone) / 2, "float32"), (1.01 * max(alone), "bfloat16")):
+            folder = calibrated(images, tmp_path / f"{names[0]} {expected}", tolerance, **settings).folder
+            precision = folder.read_json("run.json")["precision"]
+            assert {name: precision["chosen"][name] for name in renamed} == dict.fromkeys(renamed, expected)
+            assert [choice["label"] for choice in precision["measured"]] == sorted(renamed)
+            assert {choice["worst_error"] for choice in precision["measured"]} == {max(alone)}
+
+
+def test_explainers_that_call_the_model_themselves_stay_float32(images: Path, tmp_path: Path) -> None:
+    """Captum's attributions never ask for a plan: bfloat16 would be written down and not used."""
+    explainers = {
+        "captum:IntegratedGradients": {"arguments": {"n_steps": 3}},
+        "captum:KernelShap": {"arguments": {"n_samples": 20}},
+        "lime": LIME,
+    }
+    settings = {"explainers": explainers, "metrics": {"sparseness": {}}}
+    precision = calibrated(images, tmp_path / "run", 1e3, **settings).folder.read_json("run.json")["precision"]
+    assert [choice["label"] for choice in precision["measured"]] == ["lime"]
+    assert precision["chosen"] == dict.fromkeys([*explainers, "sparseness"], "float32") | {"lime": "bfloat16"}
+
+
 def test_the_choice_is_made_once(images: Path, tmp_path: Path) -> None:
     """A run that is taken up again keeps its precisions and its record of them."""
     settings = {"explainers": {"lime": LIME, "random": {}}, "metrics": {"faithfulness_correlation": CORRELATION}}

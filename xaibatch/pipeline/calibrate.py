@@ -21,7 +21,7 @@ from xaibatch.types import Score, Shard
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One label's precision and why.
+    """One label's precision and why; metrics that share a plan share its precision, and so the choice.
 
     worst_error: largest |mean score in bfloat16 - mean score in float32| over what the label touches, in the score's
     unit; worst_pair: the (explainer, metric) of it; num_flips: maps of the sample whose set of non-zero pixels changed,
@@ -56,19 +56,20 @@ def calibrate(session: Session, shard: Shard) -> dict[str, Any]:
     explained = session.explain(shard)
     reference = {group.name: _scored(session, shard, group, explained, {}) for group in _groups(job)}
     choices = []
-    for label in _plan_labels(job):
-        group = next(group for group in _groups(job) if label in group.metrics)
-        choices.append(
-            _choose(
-                label, reference[group.name], _scored(session, shard, group, explained, {label: "bfloat16"}), tolerance
-            )
-        )
-    for label in _sampling_labels(session):
+    for group in _groups(job):
+        if group.kind == "plan":
+            scores = _scored(session, shard, group, explained, dict.fromkeys(group.metrics, "bfloat16"))
+            choice = _choose(group.metrics[0], reference[group.name], scores, tolerance)
+            choices += [replace(choice, label=label) for label in group.metrics]
+    for label in _asking_labels(session):
         with _precisions(session, {label: "bfloat16"}):
+            passes_before = session.runner(label).num_forward_passes
             coarse = session.explain(shard)
-            scores = [
+            if session.runner(label).num_forward_passes == passes_before:
+                continue  # it calls the model itself, in float32
+            scores = tuple(
                 score for group in _groups(job) for score in _scored(session, shard, group, coarse, {label: "bfloat16"})
-            ]
+            )
         before = [score for group in _groups(job) for score in reference[group.name]]
         choice = _choose(label, _of(before, label), _of(scores, label), tolerance)
         flips, maps = _flips(explained, coarse, label)
@@ -89,13 +90,13 @@ def _groups(job: Job) -> tuple[MetricGroup, ...]:
     return tuple(group for group in job.groups if group.kind != "adapter")
 
 
-def _plan_labels(job: Job) -> list[str]:
-    """One label for each plan group: the one whose precision the group runs in."""
-    return [group.metrics[0] for group in _groups(job) if group.kind == "plan"]
-
-
-def _sampling_labels(session: Session) -> list[str]:
-    return [label for label, explainer in session.explainers.items() if explainer.num_forward_passes() > 0]
+def _asking_labels(session: Session) -> list[str]:
+    """Explainers whose model calls may be plans: those that neither trace the model nor differentiate it."""
+    return [
+        label
+        for label, explainer in session.explainers.items()
+        if explainer.needs == "any" and explainer.num_forward_passes() > 0
+    ]
 
 
 class _precisions:  # noqa: N801  a context manager, used like a function
