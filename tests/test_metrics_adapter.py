@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch
 from torch import nn
 
 from tests.metrics_oracle import Bench, gradient_map, key_of, near, some_masks
+from tests.toy import Watch, toy_config
 from xaibatch.errors import ConfigError, UsageError
 from xaibatch.metrics import resolve_metric
 from xaibatch.metrics.quantus_adapter import QuantusMetric, quantus_metric, reduced, score_with_quantus
 from xaibatch.metrics.quantus_facts import QUANTUS_METRICS, QuantusFacts
 from xaibatch.metrics.quantus_gradients import gradients_allowed
+from xaibatch.pipeline.local import run_local
+from xaibatch.pipeline.run import evaluate, preview
 from xaibatch.types import ALL_ZERO_MAP, CHANGED_PREDICTION, ERROR, MISSING_MASK, NAN_MAP, OK, ZERO_DENOMINATOR
 
 with warnings.catch_warnings():
@@ -247,6 +251,35 @@ def test_what_is_missing_or_unknown_is_said() -> None:
         outcomes_of(resolve_metric("quantus:FaithfulnessCorrelation")(similarity_func="correlation_speerman"), bench)
     with pytest.raises(ConfigError, match="layer_order"):
         resolve_metric("quantus:MPRT")(layer_order="sideways").build()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [({"nr_run": 3}, "Did you mean 'nr_runs'"), ({"nr_runs": 3, "subset_size": None}, None)]
+)
+def test_a_wrong_argument_is_refused_before_any_work(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any], message: str | None
+) -> None:
+    """Quantus's object is built once when a new run (or its preview) is prepared, before the model is loaded."""
+    config = toy_config(images, tmp_path / "run", metrics={"quantus:FaithfulnessCorrelation": option})
+
+    class ReachedError(Exception):
+        pass
+
+    def settled(*_: Any) -> None:
+        raise ReachedError
+
+    monkeypatch.setattr("xaibatch.pipeline.facts.settle_model", settled)
+    for prepare in (preview, lambda config: evaluate(config, run_local, Watch())):
+        with pytest.raises(ConfigError if message else ReachedError, match=message):
+            prepare(config)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_metric_that_depends_on_the_shard_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    resolve_metric("quantus:Sparseness")().check()
+    assert caplog.messages == []
+    resolve_metric("quantus:Sufficiency")().check()
+    assert "depend on engine.shard_size" in caplog.text
 
 
 def test_an_adapter_metric_travels_to_another_process() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.metrics_oracle import Bench, key_of, some_images
-from xaibatch.errors import ConfigError, UnknownNameError
+from xaibatch.errors import ConfigError, UnknownNameError, UsageError
 from xaibatch.metrics import METRICS, resolve_metric
 from xaibatch.metrics.base import MapMetric, PlanMetric, VariantMetric
 from xaibatch.metrics.patches import patch_grid
@@ -200,7 +200,9 @@ def test_costs_are_said_in_words() -> None:
 
 def test_names_resolve() -> None:
     assert resolve_metric("irof") is METRICS["irof"]
-    assert resolve_metric("sufficiency").name == "quantus:Sufficiency"
+    with pytest.raises(UsageError, match=r"all images of the data set.*quantus:Sufficiency"):
+        resolve_metric("sufficiency")
+    assert resolve_metric("quantus:Sufficiency").name == "quantus:Sufficiency"
     assert resolve_metric("xaibatch.metrics.complexity:Sparseness") is METRICS["sparseness"]
     with pytest.raises(UnknownNameError, match="Did you mean 'pixel_flipping'"):
         resolve_metric("pixel_fliping")

@@ -71,7 +71,8 @@ def _metrics() -> Table:
         )
     table.caption = (
         "also: quantus:<Class> with its keyword arguments (stock Quantus), package.module:Class, "
-        "entry points of the group xaibatch.metrics"
+        "entry points of the group xaibatch.metrics. Sufficiency compares images with each other and so has no form of "
+        "its own here: quantus:Sufficiency depends on how the images are cut into shards"
     )
     return table
 

@@ -165,6 +165,10 @@ class Metric(ABC):
     def __init__(self, **options: Any) -> None:
         self.options = validated(self.Options, options, f"metric {self.name!r}")
 
+    def check(self) -> None:  # noqa: B027  most metrics have nothing more to check
+        """Raise UsageError for options that fail only once the metric is used; called when a new run is prepared, so
+        that no forward pass is spent before. May warn of what the scores depend on."""
+
     def num_forward_passes(
         self, num_explainers: int, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16
     ) -> int:

@@ -6,6 +6,7 @@ pixels, K classes.
 
 import inspect
 import io
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -37,6 +38,8 @@ from xaibatch.types import ALL_ZERO_MAP, CHANGED_PREDICTION, ERROR, MISSING_MASK
 if TYPE_CHECKING:
     from torch import nn
 
+_LOG = logging.getLogger(__name__)
+
 
 class QuantusOptions(Options):
     """Keyword arguments of the Quantus class, passed on as they are (functions by their name), and three of ours."""
@@ -58,6 +61,17 @@ class QuantusMetric(Metric):
     facts: ClassVar[QuantusFacts]
     Options = QuantusOptions
     options: QuantusOptions
+
+    def check(self) -> None:
+        """Build the Quantus object once: ConfigError for an unknown or refused argument."""
+        with redirect_stdout(io.StringIO()):  # Quantus prints advice
+            self.build()
+        if self.facts.across_images:
+            _LOG.warning(
+                "%s compares the images of one shard with each other: its scores depend on engine.shard_size and on "
+                "the order of the images",
+                self.name,
+            )
 
     def build(self, num_classes: int | None = None) -> Any:
         """A fresh Quantus object (they keep state between calls); ConfigError for arguments that Quantus refuses.

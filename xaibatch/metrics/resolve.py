@@ -2,8 +2,9 @@
 
 import importlib
 from importlib.metadata import entry_points
+from typing import Final
 
-from xaibatch.errors import ConfigError, UnknownNameError
+from xaibatch.errors import ConfigError, UnknownNameError, UsageError
 from xaibatch.metrics.base import METRICS, Metric
 
 ENTRY_POINTS = "xaibatch.metrics"
@@ -11,19 +12,24 @@ ENTRY_POINTS = "xaibatch.metrics"
 
 QUANTUS_PREFIX = "quantus:"
 
+REFUSED: Final = {
+    "sufficiency": "it compares an image's map with the maps of all images of the data set, and a score here hangs on "
+    "its image alone. quantus:Sufficiency compares the images of one shard (its scores change with engine.shard_size)"
+}
+"""Published metrics that are not offered under a name of their own, and why."""
+
 
 def resolve_metric(name: str) -> type[Metric]:
     """Return the class that makes the metric `name` from its options.
 
     `quantus:<Name>` names a Quantus class (`quantus:FaithfulnessCorrelation`); Quantus itself is imported when the
-    metric is scored. `sufficiency` means `quantus:Sufficiency`: it compares the images of one call with each other,
-    so it has no value for one image alone. Raises UnknownNameError with the nearest known name, ConfigError for a
-    `module:Class` that cannot be imported or is no metric.
+    metric is scored. Raises UnknownNameError with the nearest known name, ConfigError for a `module:Class` that cannot
+    be imported or is no metric, UsageError for a name in REFUSED.
     """
     if name in METRICS:
         return METRICS[name]
-    if name == "sufficiency":
-        name = f"{QUANTUS_PREFIX}Sufficiency"
+    if name in REFUSED:
+        raise UsageError(f"there is no metric {name!r}: {REFUSED[name]}")
     if name.startswith(QUANTUS_PREFIX):
         from xaibatch.metrics.quantus_adapter import quantus_metric
 
@@ -33,7 +39,7 @@ def resolve_metric(name: str) -> type[Metric]:
         return _checked(offered[name].load(), name)
     if ":" in name:
         return _imported(name)
-    raise UnknownNameError("metric", name, [*METRICS, *offered, "sufficiency", f"{QUANTUS_PREFIX}<Name>"])
+    raise UnknownNameError("metric", name, [*METRICS, *offered, f"{QUANTUS_PREFIX}<Name>"])
 
 
 def _imported(name: str) -> type[Metric]:

@@ -1,7 +1,6 @@
 """A whole run: configuration in, a run folder with finished Parquet tables out; resumes whatever is missing."""
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,16 @@ from xaibatch.data.dataset import DataSet, open_dataset
 from xaibatch.data.sampling import sample, shards
 from xaibatch.embedded import manifest_path
 from xaibatch.errors import ConfigError, DataError, RunFolderError
+from xaibatch.pipeline.cells import build_metrics
 from xaibatch.pipeline.estimate import Estimate, estimate
 from xaibatch.pipeline.job import Job
-from xaibatch.pipeline.record import RECORD, check_same, job_of, new_record, now
+from xaibatch.pipeline.record import check_weights, job_of, new_record, now, take_up
+from xaibatch.pipeline.session_record import SessionRecord
 from xaibatch.pipeline.work import FailedCell, Progress, ShardWork, pending
+from xaibatch.results.compact import is_compact
 from xaibatch.results.frames import open_run
 from xaibatch.results.lock import RunLock
-from xaibatch.results.parts import RunFolder
+from xaibatch.results.parts import DAMAGED, RECORD, RunFolder
 from xaibatch.types import Shard
 
 WORTH_IMAGES = 20
@@ -63,25 +65,22 @@ def evaluate(config: RunConfig, engine: Engine, watcher: Watcher, calibrate: Cal
     """
     dataset = choose_images(config)
     folder = RunFolder(config.output or f"runs/{_name(config, dataset)}")
+    fresh = None if folder.exists(RECORD) else _new_record(config, folder, dataset)  # before anything is written
     folder.create()
-    with RunLock(folder):
+    with RunLock(folder) as lock:
         folder.sweep()
-        record = _open_record(config, folder, dataset, calibrate)
-        job = job_of(record, config, folder)
+        record, job = _open_record(config, folder, dataset, fresh, calibrate)
         cut = shards(dataset.records, config.engine.images_per_shard(len(dataset)))
-        work = pending(job, cut, lambda path, problem: _LOG.warning("left out of the run: %s: %s", path, problem))
+        work = pending(job, cut, lambda path, problem: _left_out(folder, path, problem), depth="contents")
         failed: list[FailedCell] = []
         if work:
+            if record["sessions"]:
+                check_weights(record, config)
             num_cells = len(cut) * (1 + len(job.groups))
             expected = estimate(job, work, record)
-            started, clock = now(), time.monotonic()
-            watcher.start(job, expected, num_cells - expected.num_cells)
-            try:
-                failed = engine(job, work, watcher)
-            finally:
-                spent = watcher.finish()
-                record["sessions"].append({"started": started, "seconds": round(time.monotonic() - clock, 2), **spent})
-                folder.write_json(record, RECORD)
+            with SessionRecord(record, folder, lock, watcher) as session:
+                watcher.start(job, expected, num_cells - expected.num_cells)
+                failed = engine(job, session.guarded(work), session)
         if not failed and not pending(job, cut) and record["status"] != "finished":
             record["status"], record["finished"] = "finished", now()
             folder.write_json(record, RECORD)
@@ -117,6 +116,7 @@ def choose_images(config: RunConfig) -> DataSet:
         str(manifest_path()) if config.data.path == EMBEDDED else config.data.path,
         layout=config.data.layout,
         split=config.data.split,
+        contents=config.data.checksum == "contents",
         allow_outside_root=config.data.allow_outside_root,
         findings=config.data.findings,
     )
@@ -130,31 +130,39 @@ def _name(config: RunConfig, dataset: DataSet) -> str:
     return f"{config.model.name}-{place.stem if place.suffix else place.name}-{config.digest()[:8]}"
 
 
-def _open_record(config: RunConfig, folder: RunFolder, dataset: DataSet, calibrate: Calibrate | None) -> dict[str, Any]:
-    """The folder's record after a check that it is the same run, or a new one."""
+def _open_record(
+    config: RunConfig,
+    folder: RunFolder,
+    dataset: DataSet,
+    fresh: dict[str, Any] | None,
+    calibrate: Calibrate | None,
+) -> tuple[dict[str, Any], Job]:
+    """The folder's record after a check that it is the same run, or a new one; and the job that it describes."""
     if folder.exists(RECORD):
-        try:
-            record: dict[str, Any] = folder.read_json(RECORD)
-        except ValueError as error:
-            raise RunFolderError(
-                f"{folder.path(RECORD)!r} is not a run record ({error}): choose another --output"
-            ) from None
-        check_same(record, config, dataset, folder)
-        return record
-    if folder.parts("scores") or folder.parts("maps"):
-        raise RunFolderError(f"{folder.url!r} has results but no {RECORD}: choose another --output")
-    record = _new_record(config, folder, dataset)
+        return take_up(config, folder, dataset)
+    record = fresh or _new_record(config, folder, dataset)
     if config.precision.default == "auto" and calibrate is not None:
         record["precision"] |= _calibrated(config, folder, dataset, record, calibrate)
     folder.write_json(record, RECORD)
-    return record
+    return record, job_of(record, config, folder)
+
+
+def _left_out(folder: RunFolder, path: str, problem: str) -> None:
+    """Say which file is no part of the run. A compact part that is broken is renamed: the parts that are made in its
+    place would otherwise count as merged into it."""
+    if is_compact(path) and path.endswith(".parquet"):
+        folder.set_aside(path)
+        problem += f"; renamed to end in {DAMAGED}, what it held is made again"
+    _LOG.warning("left out of the run: %s: %s", path, problem)
 
 
 def _new_record(config: RunConfig, folder: RunFolder, dataset: DataSet) -> dict[str, Any]:
-    from xaibatch.pipeline.facts import (
-        settle_model,
-    )  # torch: only a new run needs it here, a finished one answers at once
+    if folder.parts("scores") or folder.parts("maps"):
+        raise RunFolderError(f"{folder.url!r} has results but no {RECORD}: choose another --output")
+    from xaibatch.pipeline.facts import settle_model  # torch: a finished run answers without
 
+    for metric in build_metrics(config).values():
+        metric.check()
     model, precisions = settle_model(config, dataset)
     return new_record(config, folder, dataset, model, precisions)
 
