@@ -128,10 +128,18 @@ def test_submitted_job(head: tuple[str, dict[str, str]], images: Path, tmp_path:
 
 
 def test_a_usage_error_fails_the_job_readably(head: tuple[str, dict[str, str]], images: Path) -> None:
+    """`ray job submit` ends with 1 whatever the command ended with; the command's own code stands in the last lines."""
     code, log = submit(head, "--data", str(images), "--set", "engine.replica=2")
-    assert code != 0
+    assert code == 1
     assert "error: configuration: unknown option 'engine.replica'. Did you mean 'replicas'?" in log
     assert "exit code 2" in log and "Traceback" not in log
+
+
+def test_results_in_the_uploaded_copy_are_refused(head: tuple[str, dict[str, str]], images: Path) -> None:
+    """Without --output a run would be written to the copy of the working directory, which Ray deletes."""
+    code, log = submit(head, "--data", str(images), "--set", "model.untrained=true")
+    assert code == 1
+    assert "error: --output (none) lies in the copy of the working directory that Ray deletes after the job" in log
 
 
 def test_without_the_token_nothing_is_accepted(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
 """cluster.yaml passes Ray's own checks, the RayJob manifest has the shape KubeRay asks for, and both start commands
 that this version understands."""
 
+import json
 import re
 import shlex
+import tomllib
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from typer.testing import CliRunner
 
 from tests.engine_cluster import ROOT
@@ -38,6 +43,56 @@ def test_cluster_yaml_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(prepared["file_mounts"].values()) == {"."}
 
 
+def test_aws_machines_can_start_and_reach_the_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What Ray would ask AWS for (its own bootstrap, against moto): a role for every machine, since Ray gives one to
+    the head alone, and a machine image that is not Ray's default of Ubuntu 18.04."""
+    from moto import mock_aws
+    from ray.autoscaler._private.aws import config as ray_on_aws
+    from ray.autoscaler._private.util import prepare_config
+
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes a key pair there
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    with mock_aws():
+        asked = ray_on_aws.bootstrap_aws(prepare_config(load("cluster.yaml")))
+    machines = {name: kind["node_config"] for name, kind in asked["available_node_types"].items()}
+    roles = {name: machine["IamInstanceProfile"]["Name"] for name, machine in machines.items()}
+    assert roles == {"head": "xaibatch-head", "gpu_spot": "xaibatch-worker", "cpu_spot": "xaibatch-worker"}
+    for machine in machines.values():
+        assert machine["ImageId"] not in ray_on_aws.DEFAULT_AMI.values()
+        assert machine["BlockDeviceMappings"][0]["Ebs"]["VolumeSize"] >= 100  # the image of torch and CUDA twice over
+
+
+def test_the_documented_roles_are_those_of_the_machines() -> None:
+    """The commands in cluster.yaml's head make the profiles that it names; the head may start workers under theirs."""
+    text = (ROOT / "cluster.yaml").read_text()
+    trust, policy = (json.loads(found) for found in re.findall(r"'(\{.*\})'", text))
+    assert trust["Statement"][0]["Principal"] == {"Service": "ec2.amazonaws.com"}
+    allowed = {statement["Action"]: statement["Resource"] for statement in policy["Statement"]}
+    assert allowed == {
+        "iam:PassRole": "arn:aws:iam::*:role/xaibatch-worker",
+        "ssm:GetParameters": "arn:aws:ssm:*::parameter/aws/service/*",
+    }
+    assert "for role in xaibatch-head xaibatch-worker; do" in text
+
+
+def test_images_have_the_python_and_the_ray_that_the_package_needs() -> None:
+    """One version of Ray and of Python on all machines, both at least pyproject.toml's; GPU machines have CUDA."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ray = next(Requirement(line) for line in project["dependencies"] if line.startswith("ray["))
+    cluster = load("cluster.yaml")
+    images = [cluster["docker"]["image"], cluster["available_node_types"]["gpu_spot"]["docker"]["worker_image"]]
+    images += re.findall(r"FROM (\S+?)`", (ROOT / "jobs/rayjob.yaml").read_text())
+    found = [re.fullmatch(r"rayproject/ray:([\d.]+)-py(\d)(\d+)-(cpu|gpu)", image) for image in images]
+    assert [match and match[4] for match in found] == ["cpu", "gpu", "gpu"]
+    (version,) = {match[1] for match in found if match}
+    (python,) = {f"{match[2]}.{match[3]}" for match in found if match}
+    assert version in ray.specifier and python in SpecifierSet(project["requires-python"])
+    assert load("jobs/rayjob.yaml")["spec"]["rayClusterSpec"]["rayVersion"] == version
+    assert not any("--upgrade" in command for command in cluster["setup_commands"])
+
+
 def test_rayjob_has_kuberay_s_shape() -> None:
     """What the RayJob resource requires, quantities that Kubernetes can read, and worker groups that can grow."""
     job = load("jobs/rayjob.yaml")
@@ -46,6 +101,8 @@ def test_rayjob_has_kuberay_s_shape() -> None:
     cluster = job["spec"]["rayClusterSpec"]
     head = cluster["headGroupSpec"]
     assert head["rayStartParams"]["num-cpus"] == "0"
+    assert head["rayStartParams"].get("dashboard-host", "0.0.0.0") == "0.0.0.0"  # submitted from another pod
+    assert job["spec"]["backoffLimit"] == 0 or "--accept-failures" in job["spec"]["entrypoint"]
     groups = cluster["workerGroupSpecs"]
     assert len({group["groupName"] for group in groups}) == len(groups)
     for group in groups:

@@ -125,6 +125,8 @@ def test_bad_images_become_rows(data: Path, checkpoint: Path, config: Path, tmp_
     table = scores(tmp_path / "run")
     assert len(table) == 6 * 2 * 2
     assert (table.status == "ok").all()
+    # everything that can be done is done: --accept-failures says so to whoever would start the command again
+    assert run(*arguments(data, checkpoint, config, tmp_path / "run"), "--accept-failures") == 0
 
 
 @pytest.mark.parametrize(
@@ -300,6 +302,43 @@ def test_other_settings_need_another_folder(
     error = capsys.readouterr().err
     assert "seed: 0 there, 1 now" in error
     assert "--output" in error
+
+
+def test_results_are_not_left_where_ray_deletes_them(
+    data: Path,
+    checkpoint: Path,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the copy of a working directory that `ray job submit` makes, an output inside the copy is refused."""
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    args = arguments(data, checkpoint, config, Path("runs/first"))
+    assert run(*args) == 2
+    assert "--output runs/first" in capsys.readouterr().err
+    del args[args.index("--output") : args.index("--output") + 2]
+    assert run(*args) == 2
+    assert "absolute path" in capsys.readouterr().err
+    for command in (["simulate", "-o", "set"], ["train", "--data", str(data), "-o", "model"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(command)
+        assert exit_.value.code == 2 and "Ray deletes" in capsys.readouterr().err
+    assert not list(copy.iterdir())
+
+
+@pytest.mark.parametrize("command", [["simulate"], ["train", "--data", "xrays"], ["train", "--no-ray", "--data", "x"]])
+def test_a_url_is_not_taken_for_a_folder(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--output", "s3://bucket/set"])
+    assert exit_.value.code == 2
+    assert "'s3://bucket/set' is a URL" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_truncated_part_is_made_again(data: Path, checkpoint: Path, config: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xaibatch.cli.output import check_kept
 from xaibatch.config import RunConfig, load_config, parse_setting, select
 from xaibatch.errors import ConfigError, UsageError
 
@@ -68,6 +69,9 @@ def evaluate(
     shard_size: Annotated[int | None, Option(min=1, help="images a shard")] = None,
     no_ray: Annotated[bool, Option("--no-ray", help="run in this process, one shard after another")] = False,
     estimate_only: Annotated[bool, Option("--estimate", help="say what the run would cost and stop")] = False,
+    accept_failures: Annotated[
+        bool, Option("--accept-failures", help="exit code 0 for a complete run although some images failed")
+    ] = False,
     report: Annotated[bool, Option(help="write the HTML report at the end")] = True,
 ) -> None:
     """Explain a ViT's predictions, score every explanation, and leave the table, the report and Parquet."""
@@ -99,21 +103,29 @@ def evaluate(
     run_config.model.check_weights()
     chosen = {"explainers": _names("--explainers", explainers), "metrics": _names("--metrics", metrics)}
     run_config = select(run_config, **chosen)
-    raise SystemExit(run(run_config, no_ray=no_ray, estimate_only=estimate_only, write_report=report))
+    if estimate_only:
+        raise SystemExit(show_estimate(run_config, no_ray=no_ray))
+    check_kept(run_config.output)
+    raise SystemExit(run(run_config, no_ray=no_ray, accept_failures=accept_failures, write_report=report))
 
 
-def run(config: RunConfig, *, no_ray: bool, estimate_only: bool, write_report: bool) -> int:
+def show_estimate(config: RunConfig, *, no_ray: bool) -> int:
+    """Say what the whole run would cost; nothing is written."""
+    from xaibatch.pipeline.run import preview
+
+    print(preview(config))
+    return 0
+
+
+def run(config: RunConfig, *, no_ray: bool, accept_failures: bool, write_report: bool) -> int:
     """Run, print the table, write the report; returns the exit code."""
     from xaibatch.pipeline.progress import ProgressWatcher
     from xaibatch.pipeline.run import evaluate as evaluate_run
-    from xaibatch.pipeline.run import preview
 
-    if estimate_only:
-        print(preview(config))
-        return 0
     engine, calibrate = _engine(no_ray)
     outcome = evaluate_run(config, engine, ProgressWatcher(), calibrate)
-    return finish(outcome, write_report=write_report)
+    code = finish(outcome, write_report=write_report)
+    return 0 if accept_failures and not outcome.failed else code
 
 
 def finish(outcome: Any, *, write_report: bool) -> int:

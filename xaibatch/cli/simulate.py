@@ -1,7 +1,6 @@
 """`xaibatch simulate`: a number and a seed in, a folder of simulated radiographs with masks and twins out."""
 
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +13,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def simulate(
-    output: Annotated[Path, Option("--output", "-o", help="folder of the set; the same call again resumes")],
+    output: Annotated[str, Option("--output", "-o", help="folder of the set; the same call again resumes")],
     num: Annotated[int, Option(min=1, help="number of films; classes take turns")] = 300,
     seed: Annotated[int, Option(help="seed of every random draw; film i is the same in a set of any size")] = 0,
     size: Annotated[int, Option(min=32, help="side of the films in pixels")] = 224,
@@ -30,16 +29,18 @@ def simulate(
     no_ray: Annotated[bool, Option("--no-ray", help="render in this process")] = False,
 ) -> None:
     """Render radiographs with known truth; synthetic, not for clinical use. Needs: pip install "xaibatch[simulate]"."""
+    from xaibatch.cli.output import local_folder
     from xaibatch.simulate import dataset
 
+    folder = local_folder(output)
     options = options_from(size, shortcut, shortcut_label, set_ or [])
     report = _Progress()
     if no_ray:
-        manifest = dataset.simulate(output, num, seed, options, report)
+        manifest = dataset.simulate(folder, num, seed, options, report)
     else:
         from xaibatch.cluster.simulate import simulate_on_ray
 
-        manifest = simulate_on_ray(output, num, seed, options, report, address=address, num_workers=workers)
+        manifest = simulate_on_ray(folder, num, seed, options, report, address=address, num_workers=workers)
     print(f"{num} films (synthetic, not for clinical use): {manifest}")
 
 

@@ -58,6 +58,7 @@ def train(
 
 def options_from(config: Path | None, flags: dict[str, Any], settings: list[str]) -> Any:
     """File, then --set, then flags, to TrainOptions; raises ConfigError for unknown keys and impossible values."""
+    from xaibatch.cli.output import local_folder
     from xaibatch.config import parse_setting, read_yaml, set_value
     from xaibatch.options import validated
     from xaibatch.training.options import TrainOptions
@@ -69,4 +70,5 @@ def options_from(config: Path | None, flags: dict[str, Any], settings: list[str]
     for needed in ("data", "output"):
         if needed not in values:
             raise ConfigError(f"training needs --{needed}")
+    values["output"] = str(local_folder(str(values["output"])))
     return validated(TrainOptions, values, "training")
