@@ -12,7 +12,7 @@ import pytest
 from tests.synthetic_run import METRICS, Design, make_run
 from xaibatch.errors import RunFolderError, UsageError
 from xaibatch.results import compact as compact_module
-from xaibatch.results.compact import METADATA_KEY, compact, list_parts, present_parts
+from xaibatch.results.compact import METADATA_KEY, compact, list_parts
 from xaibatch.results.frames import open_run
 from xaibatch.results.lock import RunLock
 from xaibatch.results.parts import RunFolder
@@ -213,11 +213,11 @@ def tables(folder):
 
 
 def test_compaction_keeps_every_row_and_every_part_s_name(run):
-    before, names = tables(run), present_parts(RunFolder(str(run)), "scores")
+    before, names = tables(run), list_parts(RunFolder(str(run)), "scores").present
     done = compact(str(run))
     assert {entry.table: entry.num_parts for entry in done} == {"scores": 12, "predictions": 3, "maps": 3}
     assert tables(run) == before
-    assert present_parts(RunFolder(str(run)), "scores") == names
+    assert list_parts(RunFolder(str(run)), "scores", depth="names").present == names
     assert len(names) == 12
     assert len(list((run / "scores").rglob("*.parquet"))) == 1
     assert not compact(str(run))
@@ -233,7 +233,7 @@ def test_parts_that_come_later_join_the_compact_ones(run):
     assert open_run(run).scores.arrow().num_rows == 24 * 5 * 4 * 2 + 2
     assert [entry.num_parts for entry in compact(str(run))] == [2]
     assert open_run(run).scores.arrow().num_rows == 24 * 5 * 4 * 2 + 2
-    assert {"later/shard-00098", "later/shard-00099"} < present_parts(folder, "scores")
+    assert {"later/shard-00098", "later/shard-00099"} < list_parts(folder, "scores").present
 
 
 class Killed(BaseException):
@@ -259,7 +259,7 @@ def test_a_kill_while_parts_are_removed_leaves_every_row_once(run, monkeypatch, 
     folder = RunFolder(str(run))
     assert len(list_parts(folder, "scores").leftover) == 12 - after
     assert tables(run) == before
-    assert len(present_parts(folder, "scores")) == 12
+    assert len(list_parts(folder, "scores").present) == 12
     compact(str(run))
     assert tables(run) == before
     assert len(list((run / "scores").rglob("*.parquet"))) == 1

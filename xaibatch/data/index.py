@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from xaibatch.data.storage import is_remote, join, parent
+from xaibatch.data.table import is_table
 from xaibatch.errors import DataError
 from xaibatch.types import ImageRecord
 
@@ -43,6 +45,29 @@ class Index:
     sizes: Mapping[str, int] = field(default_factory=dict)
     patients_from: str | None = None
     notes: tuple[str, ...] = ()
+
+
+def image_root(root: str) -> str:
+    """The folder that the paths of a data set's images start at: what was opened, or the folder of the table that was.
+
+    >>> image_root("s3://chest/manifest.csv"), image_root("/data/images")
+    ('s3://chest', '/data/images')
+    """
+    return parent(root) if is_table(root) else root
+
+
+def relative_to(root: str, path: str) -> str:
+    """The path below `root`; as it is where it lies elsewhere.
+
+    >>> relative_to("s3://chest/images", "s3://chest/images/p1/a.png"), relative_to("/data", "/other/a.png")
+    ('p1/a.png', '/other/a.png')
+    """
+    return path.removeprefix(f"{root.rstrip('/')}/") if root else path
+
+
+def located(root: str, path: str) -> str:
+    """The full path or URL of what `relative_to` gave."""
+    return path if not root or is_remote(path) or path.startswith("/") else join(root, path)
 
 
 def is_image(relative: str) -> bool:

@@ -39,6 +39,10 @@ class Job:
     """Labels of explainers that draw random numbers: explained anew for every repeat."""
     granularities: Mapping[str, str]
     """Label of an explainer -> `token`, `pixel` or `segment`."""
+    run_id: str = ""
+    """What the parts of this run are sealed with."""
+    data_root: str = ""
+    """Folder or URL that the image paths in `predictions` start at; empty: they stay as they are."""
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:

@@ -1,22 +1,31 @@
 """The run record (`run.json`): everything needed to say what a run was and to take it up again."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import platform
+import socket
 import subprocess
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xaibatch.config import RunConfig, method_of
+from pydantic import ValidationError
+
+from xaibatch.config import EMBEDDED, RunConfig, method_of
 from xaibatch.data.dataset import DataSet
+from xaibatch.data.index import image_root
 from xaibatch.data.preprocess import Preprocessing
-from xaibatch.errors import RunFolderError
+from xaibatch.data.storage import ReadOptions, absolute, one_line, read_bytes
+from xaibatch.embedded import model_path
+from xaibatch.errors import ConfigError, ModelError, RunFolderError
+from xaibatch.maps import TokenGrid
+from xaibatch.options import validated
 from xaibatch.pipeline.cells import build_metrics
 from xaibatch.pipeline.job import Job
-from xaibatch.results.parts import RunFolder
+from xaibatch.results.parts import RECORD, RunFolder
 
-RECORD = "run.json"
 FORMAT = 1
 """Version of the run folder's layout."""
 
@@ -42,6 +51,7 @@ def new_record(
     return {
         "format": FORMAT,
         "run": folder.name,
+        "id": uuid.uuid4().hex,
         "status": "running",
         "created": now(),
         "digest": config.digest(),
@@ -66,19 +76,86 @@ def job_of(record: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> J
         preprocessing=Preprocessing.model_validate(record["model"]["preprocessing"]),
         precisions=record["precision"]["chosen"],
         patch_size=record["model"]["patch_size"],
+        grid=TokenGrid(**record["model"]["token_grid"]) if "token_grid" in record["model"] else None,
         random_explainers=frozenset(label for label, facts in record["explainers"].items() if facts["random"]),
         granularities={label: facts["granularity"] for label, facts in record["explainers"].items()},
+        run_id=record.get("id", ""),
+        data_root=image_root(record["data"]["root"]),
     )
+
+
+def take_up(config: RunConfig, folder: RunFolder, dataset: DataSet) -> tuple[dict[str, Any], Job]:
+    """The record of a run that is to go on, and its job. Sessions that ended without a word are marked as killed.
+
+    Raises RunFolderError for a record of another configuration, data or layout, and for one that cannot be understood.
+    """
+    where = f"{folder.path(RECORD)!r} is no record of a run that can be taken up"
+    try:
+        record: dict[str, Any] = folder.read_json(RECORD)
+        check_same(record, config, dataset, folder)
+        job = job_of(record, config, folder)
+        for session in record["sessions"]:
+            if session.get("state") == RUNNING:
+                session["state"] = KILLED
+        record["run"] = folder.name
+    except KeyError as error:
+        raise RunFolderError(f"{where}: it has no {error}. Choose another --output") from None
+    except (ConfigError, ValidationError, ValueError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"{where} ({one_line(error)}): choose another --output") from None
+    return record, job
+
+
+def check_weights(record: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuse to go on with a checkpoint whose bytes are not those that the run began with. Raises RunFolderError;
+    ModelError where it cannot be read."""
+    expected, path = record["model"].get("source", {}).get("sha256"), config.model.checkpoint
+    if not expected or not path:
+        return
+    full = str(model_path()) if path == EMBEDDED else absolute(path)
+    try:
+        found = hashlib.sha256(read_bytes(full, ReadOptions(max_bytes=1 << 40))).hexdigest()
+    except OSError as error:
+        raise ModelError(f"checkpoint {path!r} cannot be read: {one_line(error)}") from None
+    if found != expected:
+        raise RunFolderError(
+            f"the checkpoint {path!r} has changed since the run began (SHA-256 {expected[:12]} there, {found[:12]} "
+            "now): put the first one back to finish the run, or choose another --output for the new one"
+        )
+
+
+RUNNING, ENDED, STOPPED, KILLED = "running", "ended", "stopped", "killed"
+"""States of a session: at work (or killed since), came to its end, ended by a signal or an error, found `running` by
+the next one."""
+
+
+def new_session() -> dict[str, Any]:
+    """One start of the command: when, where, with what; its sums are added while it runs."""
+    return {
+        "started": now(),
+        "state": RUNNING,
+        "seconds": 0.0,
+        "host": socket.gethostname(),
+        "versions": versions(),
+        "code": code_state(),
+    }
+
+
+def changed_code(record: Mapping[str, Any], session: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Versions and commit that a session has otherwise than the run's beginning: name -> there, now."""
+    keys = ("versions", "code")
+    return differences({key: record.get(key) for key in keys}, {key: session[key] for key in keys})
 
 
 def check_same(record: Mapping[str, Any], config: RunConfig, dataset: DataSet, folder: RunFolder) -> None:
     """Refuse to go on with another configuration, model or data than the run folder's; say which settings differ."""
+    if not isinstance(record, dict):
+        raise TypeError(f"expected an object, found {type(record).__name__}")
     if record.get("format") != FORMAT:
         raise RunFolderError(
             f"{folder.url!r} has the layout {record.get('format')!r}, this version of xaibatch writes {FORMAT}: "
             "choose another --output"
         )
-    differing = differences(RunConfig.model_validate(record["config"]).identity(), config.identity())
+    differing = differences(validated(RunConfig, record["config"], "its configuration").identity(), config.identity())
     if differing:
         shown = "; ".join(f"{key}: {a!r} there, {b!r} now" for key, (a, b) in list(differing.items())[:6])
         raise RunFolderError(
@@ -88,8 +165,8 @@ def check_same(record: Mapping[str, Any], config: RunConfig, dataset: DataSet, f
     if record["data"]["checksum"] != dataset.checksum:
         raise RunFolderError(
             f"the data at {dataset.root!r} has changed since the run {folder.url!r} began "
-            f"(index checksum {record['data']['checksum'][:12]} there, {dataset.checksum[:12]} now). "
-            "Choose another --output"
+            f"(SHA-256 of {dataset.checksum_of}: {record['data']['checksum'][:12]} there, {dataset.checksum[:12]} now)"
+            ". Choose another --output"
         )
 
 

@@ -74,14 +74,14 @@ def evaluate(config: RunConfig, engine: Engine, watcher: Watcher, calibrate: Cal
         work = pending(job, cut, lambda path, problem: _left_out(folder, path, problem), depth="contents")
         failed: list[FailedCell] = []
         if work:
-            if record["sessions"]:
+            if record is not fresh:
                 check_weights(record, config)
             num_cells = len(cut) * (1 + len(job.groups))
             expected = estimate(job, work, record)
             with SessionRecord(record, folder, lock, watcher) as session:
                 watcher.start(job, expected, num_cells - expected.num_cells)
                 failed = engine(job, session.guarded(work), session)
-        if not failed and not pending(job, cut) and record["status"] != "finished":
+        if not failed and not pending(job, cut) and record.get("status") != "finished":
             record["status"], record["finished"] = "finished", now()
             folder.write_json(record, RECORD)
         num_image_failures = open_run(folder.url).failures.arrow().num_rows

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import Job, ShardExplanations
-from xaibatch.results.compact import PREFIX, present_parts
+from xaibatch.results.compact import Depth, is_compact, list_parts
 from xaibatch.results.schema import TABLES
 from xaibatch.types import ImageBatch, Shard
 
@@ -68,19 +68,23 @@ class Progress(Protocol):
         """How many replicas are ready from now on."""
 
 
-def pending(job: Job, shards: Sequence[Shard], found: Callable[[str, str], None] | None = None) -> list[ShardWork]:
-    """The cells whose part does not exist yet, by shard (from one listing of each table).
+def pending(
+    job: Job, shards: Sequence[Shard], found: Callable[[str, str], None] | None = None, *, depth: Depth = "names"
+) -> list[ShardWork]:
+    """The cells whose parts do not all exist yet, by shard (from one listing of each table, as deep as `depth`).
 
     `found` is told of every file in the run folder that is no part of this run: its path, and what is wrong with it.
-    Truncated parts among them are pending and will be written anew; the rest is left alone.
+    Where such a file bears the name of a part, its cell is pending and will write it anew; the rest is left alone.
     """
-    tables = ("maps", "scores") if found is None else tuple(TABLES)
-    listed = {table: job.folder.listing(table) for table in tables}
+    tables = ("maps", "predictions", "scores") if found is None else tuple(TABLES)
+    listed = {table: list_parts(job.folder, table, depth=depth, run_id=job.run_id) for table in tables}
     if found is not None:
-        for table, (parts, problems) in listed.items():
-            for path, problem in {**problems, **_foreign(job, shards, table, parts)}.items():
+        for table, listing in listed.items():
+            parts = {**listing.readable, **listing.leftover}
+            for path, problem in {**listing.problems, **_foreign(job, shards, table, parts)}.items():
                 found(path, problem)
-    explained, scored = (present_parts(job.folder, table, listed[table][0]) for table in ("maps", "scores"))
+    explained = listed["maps"].present & listed["predictions"].present
+    scored = listed["scores"].present
     work = (
         ShardWork(
             shard=shard,
@@ -102,7 +106,7 @@ def _foreign(job: Job, shards: Sequence[Shard], table: str, parts: Mapping[str, 
     return {
         path: "a part that this run does not have: remove it"
         for name, path in parts.items()
-        if name not in names and not name.startswith(PREFIX)
+        if name not in names and not is_compact(name)
     }
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 
+from xaibatch.data.index import relative_to
 from xaibatch.maps import repeat_agreement, token_grid
 from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import Job, ShardExplanations
@@ -15,8 +17,9 @@ from xaibatch.types import Score, Shard
 def write_explanations(job: Job, shard: Shard, explained: ShardExplanations) -> None:
     """Write the parts of `failures` (if any), `predictions` and, last, `maps`: a shard with maps is explained."""
     if explained.failures:
-        job.folder.write_part("failures", shard.name, schema.failures_table(explained.failures, run=job.run))
-    job.folder.write_part(
+        _write(job, "failures", shard.name, schema.failures_table(explained.failures, run=job.run))
+    _write(
+        job,
         "predictions",
         shard.name,
         schema.predictions_table(
@@ -26,7 +29,7 @@ def write_explanations(job: Job, shard: Shard, explained: ShardExplanations) -> 
             logits_BK=explained.logits_BK,
             run=job.run,
             class_names=job.class_names,
-            paths={record.image_id: record.path for record in shard.records},
+            paths={record.image_id: relative_to(job.data_root, record.path) for record in shard.records},
         ),
     )
     rows = []
@@ -50,7 +53,7 @@ def write_explanations(job: Job, shard: Shard, explained: ShardExplanations) -> 
                     **schema.map_row(_grid(job, maps.maps_Bhw[row], explained.shape_CHW)),
                 }
             )
-    job.folder.write_part("maps", shard.name, schema.maps_table(rows))
+    _write(job, "maps", shard.name, schema.maps_table(rows))
 
 
 def write_scores(
@@ -73,9 +76,11 @@ def write_scores(
         for label in job.config.explainers
         for repeat in range(job.config.repeats)
     }
-    job.folder.write_part(
-        "scores", group.part(shard), schema.scores_table(scores, run=job.run, images=images, targets=targets)
-    )
+    _write(job, "scores", group.part(shard), schema.scores_table(scores, run=job.run, images=images, targets=targets))
+
+
+def _write(job: Job, table: str, part: str, rows: pa.Table) -> None:
+    job.folder.write_part(table, part, rows, run_id=job.run_id)
 
 
 def _agreements(job: Job, explained: ShardExplanations) -> dict[str, list[float]]:

@@ -13,16 +13,18 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from xaibatch.errors import RunFolderError
 from xaibatch.results.lock import RunLock
-from xaibatch.results.parts import STAGING, RunFolder
+from xaibatch.results.parts import RECORD, STAGING, RunFolder
 from xaibatch.results.schema import TABLES
+from xaibatch.results.seal import SealedFile
 
 PREFIX: Final = "compact-"
 METADATA_KEY: Final = b"xaibatch.parts"
@@ -42,41 +44,35 @@ class Listing:
     problems: Mapping[str, str]
 
 
-def list_parts(folder: RunFolder, table: str) -> Listing:
-    """List a table's parts. Footers are read, so that a truncated or foreign file is found here and not in a query."""
-    filesystem = open_filesystem(folder)
-    good: dict[str, str] = {}
+Depth = Literal["names", "footers", "contents"]
+"""How far a listing looks into files: not at all (but for compact parts' footers), at every footer (which tells copies
+and parts of other runs), or at every byte of local files."""
+
+
+def list_parts(folder: RunFolder, table: str, *, depth: Depth = "footers", run_id: str | None = None) -> Listing:
+    """List a table's parts; a file that is not the part its name says is found here and not in a query. `run_id`: whose
+    parts they must be, by default that of the folder's record."""
+    names, problems = folder.listing(table)
+    looked_at = names if depth != "names" else {name: path for name, path in names.items() if is_compact(name)}
+    footers = folder.examine(
+        table, looked_at, run_id=folder.run_id() if run_id is None else run_id, contents=depth == "contents"
+    )
+    problems |= {names[name]: footer.problem for name, footer in footers.items() if footer.problem}
+    good = {name: path for name, path in names.items() if path not in problems}
     held: set[str] = set()
-    problems = dict(folder.problems(table))
-    for name, path in folder.parts(table).items():
-        problem, metadata = _footer(filesystem, path, table)
-        if problem:
-            problems[path] = problem
-            continue
-        good[name] = path
-        if posixpath.basename(name).startswith(PREFIX):
-            held |= set(json.loads(metadata.get(METADATA_KEY, b"[]")))
+    for name in filter(is_compact, good):
+        held |= set(json.loads(footers[name].metadata.get(METADATA_KEY, b"[]")))
     return Listing(
         readable={name: path for name, path in good.items() if name not in held},
         leftover={name: path for name, path in good.items() if name in held},
-        present=frozenset(name for name in {*good, *held} if not posixpath.basename(name).startswith(PREFIX)),
+        present=frozenset(name for name in {*good, *held} if not is_compact(name)),
         problems=problems,
     )
 
 
-def present_parts(folder: RunFolder, table: str, names: Mapping[str, str] | None = None) -> frozenset[str]:
-    """Names of all finished parts, merged or not: what a resume need not do again. Only the footers of compact parts
-    are read. `names` is `folder.parts(table)` where the caller has it already."""
-    names = folder.parts(table) if names is None else names
-    filesystem = open_filesystem(folder)
-    present = set(names)
-    for name, path in names.items():
-        if posixpath.basename(name).startswith(PREFIX):
-            present.discard(name)
-            problem, metadata = _footer(filesystem, path, table)
-            if not problem:
-                present |= set(json.loads(metadata.get(METADATA_KEY, b"[]")))
-    return frozenset(present)
+def is_compact(name: str) -> bool:
+    """Whether a part, by its name or path, holds other parts' rows."""
+    return posixpath.basename(name).startswith(PREFIX)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,9 +101,14 @@ def compact(url: str) -> CompactReport:
     """Merge the flat parts of every table into one compact part each; a second call finds nothing to merge.
 
     Row groups hold ROWS_PER_GROUP rows or BYTES_PER_GROUP bytes. Parts that a resumed run adds later are merged by the
-    next call into a further compact part. Raises RunFolderError while a run or another compaction holds the folder.
+    next call into a further compact part. Raises RunFolderError for a folder that holds no run, and while a run or
+    another compaction holds it.
     """
     folder = RunFolder(url)
+    if not folder.exists(RECORD):
+        raise RunFolderError(
+            f"{url!r} holds no run: there is no {RECORD} in it. Expected a folder that `xaibatch evaluate` wrote"
+        )
     with RunLock(folder):
         return CompactReport(done for table in TABLES if (done := _compact_table(folder, table)) is not None)
 
@@ -117,10 +118,10 @@ def open_filesystem(folder: RunFolder) -> AbstractFileSystem:
 
 
 def _compact_table(folder: RunFolder, table: str) -> Compacted | None:
-    filesystem = open_filesystem(folder)
-    listing = list_parts(folder, table)
+    filesystem, run_id = open_filesystem(folder), folder.run_id()
+    listing = list_parts(folder, table, depth="contents", run_id=run_id)
     _remove(filesystem, listing.leftover)
-    flat = {name: path for name, path in listing.readable.items() if not posixpath.basename(name).startswith(PREFIX)}
+    flat = {name: path for name, path in listing.readable.items() if not is_compact(name)}
     if len(flat) < 2:
         return None
     names = sorted(flat)
@@ -128,7 +129,11 @@ def _compact_table(folder: RunFolder, table: str) -> Compacted | None:
     schema = TABLES[table].with_metadata({METADATA_KEY: json.dumps(names).encode()})
     with tempfile.TemporaryDirectory(dir=_staging(folder)) as temporary:
         merged = Path(temporary) / "merged.parquet"
-        num_rows = _merge(filesystem, table, schema, [flat[name] for name in names], merged)
+        with (
+            merged.open("wb") as file,
+            SealedFile(file, schema, table=table, part=f"{PREFIX}{digest}", run_id=run_id) as sealed,
+        ):
+            num_rows = _merge(filesystem, table, schema, [flat[name] for name in names], sealed)
         num_bytes = merged.stat().st_size
         target = folder.path(table, f"{PREFIX}{digest}.parquet")
         if folder.is_local:
@@ -141,12 +146,13 @@ def _compact_table(folder: RunFolder, table: str) -> Compacted | None:
     return Compacted(table=table, num_parts=len(flat), num_rows=num_rows, num_bytes=num_bytes)
 
 
-def _merge(filesystem: AbstractFileSystem, table: str, schema: pa.Schema, paths: Sequence[str], target: Path) -> int:
+def _merge(
+    filesystem: AbstractFileSystem, table: str, schema: pa.Schema, paths: Sequence[str], target: SealedFile
+) -> int:
     num_rows = 0
-    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
-        for rows in _groups(filesystem, table, paths):
-            writer.write_table(rows.cast(schema), row_group_size=ROWS_PER_GROUP)
-            num_rows += rows.num_rows
+    for rows in _groups(filesystem, table, paths):
+        target.write(rows.cast(schema), ROWS_PER_GROUP)
+        num_rows += rows.num_rows
     return num_rows
 
 
@@ -155,7 +161,8 @@ def _groups(filesystem: AbstractFileSystem, table: str, paths: Sequence[str]) ->
     waiting: list[pa.Table] = []
     for path in paths:
         with filesystem.open(path, "rb") as file:
-            waiting.append(pq.read_table(file).select(TABLES[table].names).cast(TABLES[table]))
+            rows = pq.read_table(file, page_checksum_verification=True)
+            waiting.append(rows.select(TABLES[table].names).cast(TABLES[table]))
         if (
             sum(rows.num_rows for rows in waiting) >= ROWS_PER_GROUP
             or sum(rows.nbytes for rows in waiting) >= BYTES_PER_GROUP
@@ -164,18 +171,6 @@ def _groups(filesystem: AbstractFileSystem, table: str, paths: Sequence[str]) ->
             waiting = []
     if waiting:
         yield pa.concat_tables(waiting).unify_dictionaries().combine_chunks()
-
-
-def _footer(filesystem: AbstractFileSystem, path: str, table: str) -> tuple[str, Mapping[bytes, bytes]]:
-    """What keeps a file from being a part of the table ('' if nothing), and its schema's metadata."""
-    try:
-        with filesystem.open(path, "rb") as file:
-            found = pq.read_schema(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        return f"truncated or not Parquet ({str(error).splitlines()[0]})", {}
-    missing = [name for name in TABLES[table].names if name not in found.names]
-    problem = f"not a part of {table!r}: no column {', '.join(missing)}" if missing else ""
-    return problem, found.metadata or {}
 
 
 def _remove(filesystem: AbstractFileSystem, parts: Mapping[str, str]) -> None:

@@ -12,21 +12,24 @@ import pyarrow.fs as pafs
 
 from xaibatch.errors import RunFolderError
 from xaibatch.results.compact import Listing, list_parts, open_filesystem
-from xaibatch.results.parts import RunFolder
+from xaibatch.results.parts import RECORD, RunFolder
 from xaibatch.results.schema import TABLES
 
 if TYPE_CHECKING:
     import duckdb
     import pandas as pd
 
-RECORD = "run.json"
+_FORMAT = ds.ParquetFileFormat(
+    default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+)
 
 
 @dataclass(frozen=True)
 class Frame:
     """One table of one or several runs; nothing is read before one of the methods is called.
 
-    `table` is scores, predictions, maps or failures; the columns are those of `results.schema`.
+    `table` is scores, predictions, maps or failures; the columns are those of `results.schema`. `run` is the name that
+    a run's folder has now, whatever it was called when the rows were written.
     """
 
     table: str
@@ -51,13 +54,40 @@ class Frame:
             paths = list(listing.readable.values())
             if paths:
                 children.append(
-                    ds.dataset(paths, schema=schema, format="parquet", filesystem=_arrow_filesystem(folder))
+                    ds.FileSystemDataset.from_paths(
+                        paths,
+                        schema=schema,
+                        format=_FORMAT,
+                        filesystem=_arrow_filesystem(folder),
+                        partitions=[ds.field("run") == folder.name] * len(paths),  # takes the stored column's place
+                    )
                 )
         return ds.dataset(children) if children else ds.dataset(schema.empty_table())
 
     def arrow(self, columns: list[str] | None = None) -> pa.Table:
         """All rows, parts in sorted order; strings stay dictionary-encoded."""
-        return self.dataset().to_table(columns=columns).unify_dictionaries()
+        try:
+            return self.dataset().to_table(columns=columns).unify_dictionaries()
+        except (pa.ArrowException, OSError) as error:
+            raise self.unreadable(error) from error
+
+    def damaged(self) -> dict[str, str]:
+        """Files whose rows cannot be read though their footers are whole: path -> what is wrong. Reads every local
+        byte."""
+        return {
+            path: problem
+            for folder in self.folders
+            for path, problem in list_parts(folder, self.table, depth="contents").problems.items()
+            if path not in self.problems
+        }
+
+    def unreadable(self, error: Exception) -> RunFolderError:
+        """What to say about an error that came while rows were read: names the damaged files."""
+        names = "; ".join(f"{path}: {problem}" for path, problem in sorted(self.damaged().items()))
+        return RunFolderError(
+            f"rows of {self.table!r} cannot be read ({names or ' '.join(str(error).split())}): run the same "
+            "`xaibatch evaluate` again, which makes damaged parts anew"
+        )
 
     def pandas(self) -> "pd.DataFrame":
         """All rows as a data frame; dictionary-encoded columns become categories."""

@@ -2,16 +2,12 @@
 stale.
 
 The lock only spares people double work and keeps one run from sweeping another's temporary files: two runs of one
-configuration would write the same parts with the same content.
-
-Local folders: the lock is made whole by linking a finished file (`os.link` fails where one exists), and whoever takes a
-stale one over does so under `flock` on a second file, so that two who find the same stale lock cannot both win. Object
-stores: a conditional PUT where the store's fsspec implementation has one (S3, Google Cloud Storage); elsewhere a look
-before the write, which leaves a window of one request.
+configuration would write the same parts with the same content. How it is created and taken over without two winners is
+`results.lock_file`'s business. Where a store cannot rule two winners out, the earlier one finds at its next heartbeat
+that the lock is no longer its own, and `check` ends its run.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -19,19 +15,18 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from xaibatch.errors import RunFolderError
+from xaibatch.errors import EngineError, RunFolderError
+from xaibatch.results.lock_file import LockFile, Version
 from xaibatch.results.parts import RunFolder
 
 _LOG = logging.getLogger(__name__)
 
 LOCK: Final = ".lock"
-_GUARD: Final = ".lock.guard"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,17 +64,22 @@ class RunLock:
     beat_s:  seconds between heartbeats.
     stale_s: a lock whose last heartbeat is older belongs to nobody any more. On the holder's own host a dead process is
              noticed at once.
+    settle_s: on an object store, seconds between writing the lock and reading it again; longer than a request takes.
 
     `lost` turns true when somebody else took the lock over (this process was suspended for longer than `stale_s`).
     """
 
-    def __init__(self, folder: RunFolder, *, beat_s: float = 10.0, stale_s: float = 90.0) -> None:
+    def __init__(
+        self, folder: RunFolder, *, beat_s: float = 10.0, stale_s: float = 90.0, settle_s: float = 1.0
+    ) -> None:
         self.folder = folder
         self.beat_s = beat_s
         self.stale_s = stale_s
+        self.settle_s = settle_s
         self.lost = False
         self.taken_over: Holder | None = None
         """The holder of a stale lock that this one replaced."""
+        self._file = LockFile(folder, LOCK)
         self._me = Holder.here()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -99,17 +99,22 @@ class RunLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        with self._guarded(), contextlib.suppress(OSError, RunFolderError):
-            if (holder := self._read()) is not None and holder.token == self._me.token:
-                self.folder.remove(LOCK)
+        with self._file.guarded(), contextlib.suppress(OSError, RunFolderError):
+            if self._is_mine(self._file.read()):
+                self._file.remove()
+
+    def check(self) -> None:
+        """Raise EngineError if the lock was lost."""
+        if self.lost:
+            raise EngineError(
+                f"another run took over the run folder {self.folder.url!r}, since this one gave no sign of life for "
+                f"{_age(self.stale_s)} (was it suspended?): what it finished is kept, and the other run goes on"
+            )
 
     def _acquire(self) -> None:
-        if self._create():
-            return
-        with self._guarded():
-            holder = self._read()
-            if holder is not None and holder.token == self._me.token:
-                return  # a store that carried the request out and lost its answer
+        with self._file.guarded():
+            found = self._file.read()
+            holder = _holder(found)
             if holder is not None and not self._stale(holder):
                 raise RunFolderError(
                     f"the run folder {self.folder.url!r} is in use by another run: process {holder.pid} on "
@@ -117,26 +122,29 @@ class RunLock:
                     f"{_age(time.time() - holder.heartbeat)} ago. Wait for it, stop it, or choose another --output "
                     f"(a lock whose holder is gone is taken over after {_age(self.stale_s)})"
                 )
-            self.taken_over = holder
-            if holder is not None:
-                _LOG.warning("took over the lock of process %d on %s, which is gone", holder.pid, holder.hostname)
-            with contextlib.suppress(FileNotFoundError):
-                self.folder.remove(LOCK)
-            if not self._create():
-                raise RunFolderError(f"the run folder {self.folder.url!r} was taken by another run just now")
-
-    def _create(self) -> bool:
-        return self.folder.create_file(self._content(), LOCK)
+            content = self._content()
+            written = self._file.create(content) if found is None else self._file.replace(content, found)
+            if self._file.needs_settling:
+                time.sleep(self.settle_s)
+            if not written or self._file.needs_settling:  # `not written`: perhaps only its answer was lost
+                winner = self._file.read()
+                if not self._is_mine(winner):
+                    who = _holder(winner)
+                    name = f": process {who.pid} on {who.hostname}" if who else ""
+                    raise RunFolderError(
+                        f"the run folder {self.folder.url!r} was taken by another run just now{name}. Wait for it, "
+                        "stop it, or choose another --output"
+                    )
+        self.taken_over = holder
+        if holder is not None:
+            _LOG.warning("took over the lock of process %d on %s, which is gone", holder.pid, holder.hostname)
 
     def _content(self) -> bytes:
         return json.dumps(asdict(self._me)).encode()
 
-    def _read(self) -> Holder | None:
-        """The holder; None where there is no lock or it is not one of ours (then it counts as stale)."""
-        try:
-            return Holder(**json.loads(self.folder.read_bytes(LOCK)))
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
+    def _is_mine(self, found: Version | None) -> bool:
+        holder = _holder(found)
+        return holder is not None and holder.token == self._me.token
 
     def _stale(self, holder: Holder) -> bool:
         if holder.host == _host():
@@ -144,26 +152,25 @@ class RunLock:
         return time.time() - holder.heartbeat > self.stale_s
 
     def _beat(self) -> None:
+        file = LockFile(self.folder.impatient(), LOCK)
         while not self._stop.wait(self.beat_s):
-            with contextlib.suppress(OSError, RunFolderError), self._guarded():  # on a full disk the next beat will
-                holder = self._read()
-                if holder is None or holder.token != self._me.token:
+            with contextlib.suppress(Exception), file.guarded():  # a disk or store that fails: the next beat will do
+                found = file.read()
+                if found is None or not self._is_mine(found):
                     self.lost = True
                     return
                 self._me = replace(self._me, heartbeat=time.time())
-                self.folder.impatient().write_bytes(self._content(), LOCK)
+                if not file.replace(self._content(), found) and not self._is_mine(file.read()):
+                    self.lost = True
+                    return
 
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Exclusive among the processes that look at this lock, where the file system has `flock`."""
-        if not self.folder.is_local:
-            yield
-            return
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):
-                guard = stack.enter_context(open(self.folder.path(_GUARD), "a"))
-                fcntl.flock(guard, fcntl.LOCK_EX)
-            yield
+
+def _holder(found: Version | None) -> Holder | None:
+    """The holder; None where there is no lock or it is not one of ours (then it counts as stale)."""
+    try:
+        return None if found is None else Holder(**json.loads(found.content))
+    except (ValueError, TypeError):
+        return None
 
 
 def _alive(holder: Holder) -> bool:

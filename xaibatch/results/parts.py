@@ -2,18 +2,22 @@
 URL.
 
 A part is written to a temporary name under `.staging` beside the tables, fsynced and renamed (`os.replace`); on an
-object store it is one PUT of the finished bytes. So whatever bears a part's name is whole, and writing it twice changes
-nothing. What else lies in a table's folder (truncated, foreign, oddly named) is listed as a problem and never read.
+object store it is one PUT of the finished bytes. So what this package wrote under a part's name is whole, and writing
+it twice changes nothing. What else lies in a table's folder (truncated, foreign, oddly named) is listed as a problem
+and never read; `examine` looks into the files for copies, damage and parts of other runs (`results.seal`).
 
 A full disk and a store that fails are waited for, with a limit (`Retries`).
 """
 
+import inspect
 import io
 import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,11 +30,20 @@ from xaibatch.errors import RunFolderError
 from xaibatch.results.atomic import create_file, replace_file, sweep
 from xaibatch.results.retrying import Retries
 from xaibatch.results.schema import TABLES
+from xaibatch.results.seal import LENGTH_BYTES, NOT_WHOLE, Footer, SealedFile, crc32_of, footer_bytes, read_footer
 
+RECORD: Final = "run.json"
 STAGING: Final = ".staging"
+DAMAGED: Final = ".damaged"
+"""Ending of a file that was set aside."""
 
 _MAGIC: Final = b"PAR1"
-_FOOTER_BYTES: Final = 8
+_TAIL_BYTES: Final = 1 << 16
+"""One request's worth of a file's end: most parts whole, and the footer of nearly all others."""
+
+_LOCAL_READERS: Final = 4
+_STORE_READERS: Final = 32
+_FILES_A_TASK: Final = 64
 _NAMES: Final = re.compile(r"(shard-\d{5,}|compact-[0-9a-f]+)")
 
 
@@ -44,7 +57,10 @@ class RunFolder:
     def __init__(self, url: str, *, retries: Retries | None = None) -> None:
         self.url = str(url)
         self.retries = retries or Retries()
-        self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError, OSError) as error:
+            raise RunFolderError(f"cannot use the run folder {self.url!r}: {' '.join(str(error).split())}") from None
         self._local = isinstance(self._fs, LocalFileSystem)
 
     def __reduce__(self) -> tuple[Callable[..., "RunFolder"], tuple[str, Retries]]:
@@ -75,7 +91,10 @@ class RunFolder:
             ) from None
 
     def exists(self, *parts: str) -> bool:
-        return bool(self._retry(lambda: self._fs.exists(self.path(*parts)), f"look for {parts[-1]!r}"))
+        try:
+            return bool(self._retry(lambda: self._fs.exists(self.path(*parts)), f"look for {parts[-1]!r}"))
+        except OSError as error:
+            raise RunFolderError(f"cannot look for {self.path(*parts)!r}: {error}") from error
 
     # -- bytes and JSON
 
@@ -102,8 +121,37 @@ class RunFolder:
         a local folder and on stores with conditional writes)."""
         target = self.path(*parts)
         if self._local:
-            return create_file(Path(target), content, self._staging)
+            try:
+                return create_file(Path(target), content, self._staging)
+            except OSError as error:
+                raise RunFolderError(f"cannot write {target!r}: {error}") from error
         return bool(self._retry(lambda: _create_remote(self._fs, content, target), f"write {target!r}"))
+
+    def tag(self, *parts: str) -> str:
+        """What `replace_tagged` asks for: an S3 object's ETag; empty on other stores and local folders. Raises
+        FileNotFoundError where S3 has no such object."""
+        if self._local or not _has_tags(self._fs):
+            return ""
+        target = self.path(*parts)
+        info = self._retry(lambda: self._fs.info(target, refresh=True), f"look for {target!r}")
+        return str(info.get("ETag") or "")
+
+    def replace_tagged(self, content: bytes, tag: str, *parts: str) -> bool:
+        """Write an S3 object only while its ETag is `tag`; False where it is another, or the object is gone."""
+        target = self.path(*parts)
+
+        def put() -> bool:
+            try:
+                self._fs.pipe_file(target, content, IfMatch=tag)
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                if _is_refusal(error):
+                    return False
+                raise
+            return True
+
+        return bool(self._retry(put, f"write {target!r}"))
 
     def remove(self, *parts: str) -> None:
         """Remove a file; raises FileNotFoundError where there is none."""
@@ -122,13 +170,10 @@ class RunFolder:
 
     # -- parts
 
-    def write_part(self, table: str, part: str, rows: pa.Table) -> None:
-        """Write `<table>/<part>.parquet` atomically; `rows` must have the table's schema."""
-        if not rows.schema.equals(TABLES[table]):
-            raise ValueError(f"rows of {table!r} have another schema:\n{rows.schema}")
-        sink = io.BytesIO()
-        pq.write_table(rows, sink, compression="zstd")
-        self.write_bytes(sink.getvalue(), table, f"{part}.parquet")
+    def write_part(self, table: str, part: str, rows: pa.Table, *, run_id: str = "") -> None:
+        """Write `<table>/<part>.parquet` atomically, sealed as that part of the run `run_id`; `rows` must have the
+        table's schema."""
+        self.write_bytes(part_bytes(table, part, rows, run_id=run_id), table, f"{part}.parquet")
 
     def parts(self, table: str) -> dict[str, str]:
         """Part name (path below the table without `.parquet`) -> full path, sorted; broken or foreign files left
@@ -147,10 +192,44 @@ class RunFolder:
             {path: problem for _, path, problem in files if problem},
         )
 
+    def run_id(self) -> str:
+        """The id that the run's record gives its parts; empty where there is no record, or none that has one."""
+        try:
+            record = self.read_json(RECORD)
+        except (FileNotFoundError, ValueError):
+            return ""
+        return str(record.get("id", "")) if isinstance(record, dict) else ""
+
+    def examine(
+        self, table: str, parts: Mapping[str, str], *, run_id: str, contents: bool = False
+    ) -> dict[str, Footer]:
+        """Part name -> footer of each of `parts` (name -> path), with what keeps the file from being that part of the
+        run `run_id`.
+
+        One read of 64 KiB a file, many at a time; a file that fits in it is checked to its last byte. `contents` reads
+        larger local files whole as well. Those of an object store are not read whole for this: stores check what they
+        keep, and whoever reads the rows finds damage by the pages' checksums.
+        """
+
+        def look(items: list[tuple[str, str]]) -> list[tuple[str, Footer]]:
+            return [(name, self._footer(path, table, name, run_id, contents)) for name, path in items]
+
+        items = list(parts.items())
+        tasks = [items[start : start + _FILES_A_TASK] for start in range(0, len(items), _FILES_A_TASK)]
+        with ThreadPoolExecutor(_LOCAL_READERS if self._local else _STORE_READERS) as pool:
+            return dict(found for chunk in pool.map(look, tasks) for found in chunk)
+
+    def set_aside(self, path: str) -> None:
+        """Rename a file of a table so that it is no longer taken for a part."""
+        self._retry(lambda: self._fs.mv(path, path + DAMAGED), f"rename {path!r}")
+
     def read(self, table: str) -> pa.Table:
-        """All rows of a table, parts in sorted order (an empty table of the right schema if there is none)."""
+        """All rows of a table, parts in sorted order (an empty table of the right schema if there is none); the column
+        `run` is the folder's name."""
         schema = TABLES[table]
-        tables = [self._read(path).select(schema.names).cast(schema) for path in self.parts(table).values()]
+        tables = [
+            self._named(self._read(path).select(schema.names).cast(schema)) for path in self.parts(table).values()
+        ]
         return pa.concat_tables(tables).unify_dictionaries() if tables else schema.empty_table()
 
     def sweep(self) -> int:
@@ -167,7 +246,7 @@ class RunFolder:
     def _read(self, path: str) -> pa.Table:
         def read() -> pa.Table:
             with self._fs.open(path, "rb") as file:
-                return pq.read_table(file)
+                return pq.read_table(file, page_checksum_verification=True)
 
         try:
             return self._retry(read, f"read {path!r}")
@@ -177,6 +256,43 @@ class RunFolder:
                 "remove it and run the same command again"
             ) from None
 
+    def _named(self, rows: pa.Table) -> pa.Table:
+        codes = pa.array([0] * rows.num_rows, pa.int32())
+        return rows.set_column(
+            rows.schema.get_field_index("run"),
+            rows.schema.field("run"),
+            pa.DictionaryArray.from_arrays(codes, [self.name]),
+        )
+
+    def _footer(self, path: str, table: str, part: str, run_id: str, contents: bool) -> Footer:
+        def look() -> Footer:
+            tail = self._tail(path, _TAIL_BYTES)
+            if footer_bytes(tail) > len(tail) == _TAIL_BYTES:
+                tail = self._tail(path, footer_bytes(tail))
+            is_whole = len(tail) < _TAIL_BYTES
+            footer = read_footer(tail, is_whole=is_whole, table=table, part=part, run_id=run_id)
+            if footer.problem or footer.num_bytes < 0 or is_whole or not (contents and self._local):
+                return footer
+            with open(path, "rb") as file:
+                problem = footer.problem_of(crc32_of(file.read, footer.num_bytes))
+            return replace(footer, problem=problem)
+
+        try:
+            found: Footer = self._retry(look, f"read {path!r}")
+            return found
+        except OSError as error:
+            return Footer(problem=f"cannot be read ({' '.join(str(error).split())})", metadata={})
+
+    def _tail(self, path: str, num_bytes: int) -> bytes:
+        """The file's last bytes, or all of it where it is smaller."""
+        if not self._local:
+            tail: bytes = self._fs.cat_file(path, start=-num_bytes)
+            return tail
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - num_bytes))
+            return file.read()
+
     def _files(self, table: str) -> Iterator[tuple[str, str, str]]:
         """Name, path and problem (empty if there is none) of every file of a table."""
         folder = self.path(table)
@@ -185,11 +301,11 @@ class RunFolder:
             name = path[len(folder) :].strip("/")
             part, dot, suffix = name.rpartition(".")
             if dot + suffix != ".parquet":
-                yield name, path, "not a Parquet part"
+                yield name, path, "set aside: it was damaged" if name.endswith(DAMAGED) else "not a Parquet part"
             elif not _NAMES.fullmatch(posixpath.basename(part)):
                 yield name, path, "a foreign name: no part is called so"
-            elif info["size"] < 2 * _FOOTER_BYTES or (self._local and not _whole(path)):
-                yield name, path, "truncated or not Parquet"
+            elif info["size"] < 2 * LENGTH_BYTES or (self._local and not _whole(path)):
+                yield name, path, NOT_WHOLE
             else:
                 yield part, path, ""
 
@@ -201,22 +317,53 @@ class RunFolder:
         return found
 
 
+def part_bytes(table: str, part: str, rows: pa.Table, *, run_id: str = "") -> bytes:
+    """A part as a sealed Parquet file; `rows` must have the table's schema."""
+    if not rows.schema.equals(TABLES[table]):
+        raise ValueError(f"rows of {table!r} have another schema:\n{rows.schema}")
+    sink = io.BytesIO()
+    with SealedFile(sink, rows.schema, table=table, part=part, run_id=run_id) as file:
+        file.write(rows)
+    return sink.getvalue()
+
+
 def _opened(url: str, retries: Retries) -> RunFolder:
     return RunFolder(url, retries=retries)
 
 
 def _create_remote(filesystem: Any, content: bytes, target: str) -> bool:
-    """A conditional write where the store has one, else a look before the write."""
-    try:
-        filesystem.pipe_file(target, content, mode="create")
-    except FileExistsError:
-        return False
-    except (TypeError, ValueError, NotImplementedError):
-        filesystem.invalidate_cache()
-        if filesystem.exists(target):
+    """A conditional write where the store's implementation has one (some take the mode and ignore it), else a look
+    before the write."""
+    if _can_create(filesystem):
+        try:
+            filesystem.pipe_file(target, content, mode="create")
+            return True
+        except FileExistsError:
             return False
-        filesystem.pipe_file(target, content)
+        except (TypeError, ValueError, NotImplementedError):
+            pass
+    filesystem.invalidate_cache()
+    if filesystem.exists(target):
+        return False
+    filesystem.pipe_file(target, content)
     return True
+
+
+def _can_create(filesystem: Any) -> bool:
+    """Whether `pipe_file` knows `mode`; where it does not, the mode is one keyword among others and may be dropped."""
+    write = getattr(filesystem, "_pipe_file", None) or filesystem.pipe_file
+    return "mode" in inspect.signature(write).parameters
+
+
+def _has_tags(filesystem: Any) -> bool:
+    protocol = filesystem.protocol
+    return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def _is_refusal(error: OSError) -> bool:
+    """Whether S3 answered that a condition does not hold."""
+    answer = getattr(error.__cause__, "response", {})
+    return isinstance(error, FileExistsError) or answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412")
 
 
 def _whole(path: str) -> bool:
@@ -225,7 +372,6 @@ def _whole(path: str) -> bool:
     with open(path, "rb") as file:
         head = file.read(len(_MAGIC))
         size = file.seek(0, os.SEEK_END)
-        file.seek(-_FOOTER_BYTES, os.SEEK_END)
-        footer = file.read(_FOOTER_BYTES)
-    length = int.from_bytes(footer[:4], "little")
-    return head == footer[4:] == _MAGIC and length + _FOOTER_BYTES + len(_MAGIC) <= size
+        file.seek(-LENGTH_BYTES, os.SEEK_END)
+        tail = head + file.read(LENGTH_BYTES)
+    return head == _MAGIC and 0 < footer_bytes(tail) <= size - len(_MAGIC)

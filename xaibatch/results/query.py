@@ -27,24 +27,26 @@ def query(runs: str | Sequence[str], sql: str, *, threads: int | None = None) ->
 
     runs: paths or URLs; the column `run` (last part of the path) tells them apart. The parts reach DuckDB as Arrow
     data sets, so it never opens a file itself: other files, extensions, COPY and ATTACH are refused, and the
-    configuration is locked. Files that are not whole parts are left out and named in a warning of the log. Raises
-    UsageError for anything that is not one SELECT (also EXPLAIN), and for SQL that DuckDB does not accept, with its
+    configuration is locked. Files that are not whole parts are left out and named in a warning of the log; one whose
+    damage shows only when its rows are read ends the query (RunFolderError names it). Raises UsageError for anything that is not one SELECT (also EXPLAIN), and for SQL that DuckDB does not accept, with its
     own message.
     """
     opened = open_runs([runs] if isinstance(runs, str) else runs)
     folders = tuple(run.folder for run in opened)
     with duckdb.connect(":memory:", config={"threads": threads} if threads else {}) as connection:
         _check_statement(connection, sql)
-        for table in _mentioned(sql, TABLES):
-            frame = Frame(table, folders)
+        frames = [Frame(table, folders) for table in _mentioned(sql, TABLES)]
+        for frame in frames:
             for path, problem in frame.problems.items():
                 _LOG.warning("left out %s: %s", path, problem)
-            connection.register(table, frame.dataset(for_sql=True))
+            connection.register(frame.table, frame.dataset(for_sql=True))
         for setting in _LOCK:
             connection.execute(setting)
         try:
             return connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
+            if "reading the stream" in str(error):  # the rows, not the SQL
+                raise next((f for f in frames if f.damaged()), frames[0]).unreadable(error) from None
             raise UsageError(f"the query failed: {error}") from None
 
 
