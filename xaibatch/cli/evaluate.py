@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xaibatch.cli.estimating import estimate_lines
 from xaibatch.cli.output import check_kept
 from xaibatch.config import RunConfig, load_config, parse_setting, select
 from xaibatch.errors import ConfigError, UsageError
@@ -104,17 +105,10 @@ def evaluate(
     chosen = {"explainers": _names("--explainers", explainers), "metrics": _names("--metrics", metrics)}
     run_config = select(run_config, **chosen)
     if estimate_only:
-        raise SystemExit(show_estimate(run_config, no_ray=no_ray))
+        print("\n".join(estimate_lines(run_config)))
+        return
     check_kept(run_config.output)
     raise SystemExit(run(run_config, no_ray=no_ray, accept_failures=accept_failures, write_report=report))
-
-
-def show_estimate(config: RunConfig, *, no_ray: bool) -> int:
-    """Say what the whole run would cost; nothing is written."""
-    from xaibatch.pipeline.run import preview
-
-    print(preview(config))
-    return 0
 
 
 def run(config: RunConfig, *, no_ray: bool, accept_failures: bool, write_report: bool) -> int:

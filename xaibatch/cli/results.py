@@ -68,13 +68,15 @@ def _print_table(found: object, max_rows: int) -> None:
         console.print(f"{max_rows} of {found.num_rows} rows shown (--max-rows, --format csv)")
 
 
-def summary(run: Run) -> None:
+def summary(
+    run: Run, median: Annotated[bool, Option("--median", help="a line of medians below each explainer's means")] = False
+) -> None:
     """Print the run's table again: explainer x metric, overall and by class, with intervals and marks."""
     from xaibatch.results.frames import open_run
     from xaibatch.results.summary import print_summary
 
     console = Console()
-    print_summary(open_run(run), Console(width=console.width if console.is_terminal else 200))
+    print_summary(open_run(run), Console(width=console.width if console.is_terminal else 200), medians=median)
 
 
 def report(
