@@ -1,6 +1,6 @@
 """The call for one's own scripts and notebooks: a model and images in, attribution maps out.
 
-Shape letters: B images, C channels, H W pixels, g token-grid side, K classes.
+Shape letters: B images, C channels, H W pixels, g v rows and columns of the token grid, K classes.
 """
 
 import copy
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from xaibatch.errors import UsageError
 from xaibatch.explainers.base import ExplainInput
 from xaibatch.explainers.resolve import resolve_explainer
-from xaibatch.maps import token_grid
+from xaibatch.maps import on_tokens
+from xaibatch.models.token_grid import token_grid_of
 from xaibatch.perturb.runner import PlanRunner
-from xaibatch.pipeline.facts import patch_size
 from xaibatch.seeding import DrawKey
 
 Resolution = Literal["token", "native"]
@@ -35,7 +35,7 @@ def explain(
     resolution: Resolution = "token",
     **options: Any,
 ) -> Tensor:
-    """Return attribution maps (B,g,g) on the model's token grid, in the images' dtype, on their device.
+    """Return attribution maps (B,g,v) on the model's token grid, in the images' dtype, on their device.
 
     model: from `xaibatch.load_model`, or any timm classifier (images -> logits); left as it is, also its mode.
     images_BCHW: normalised as the model expects; float64 images compute in float64 (on a float64 copy of the model).
@@ -71,9 +71,9 @@ def explain(
     maps_Bhw = torch.cat(maps)
     if resolution == "native" or maps_Bhw.shape[1:] != images_BCHW.shape[2:]:
         return maps_Bhw
-    side = patch_size(model)
     height, width = images_BCHW.shape[2:]
-    grids = [token_grid(map_HW.cpu().numpy(), (height // side, width // side)) for map_HW in maps_Bhw]
+    grid = token_grid_of(model, (height, width))
+    grids = [on_tokens(map_HW.cpu().numpy(), grid) for map_HW in maps_Bhw]
     return torch.stack([torch.as_tensor(grid) for grid in grids]).to(maps_Bhw)
 
 

@@ -1,8 +1,9 @@
 """Token-grid maps to pixel maps and back, in float64 NumPy, so that every worker gets the same numbers.
 
-Shape letters: h w a map's own sides, H W pixels, g token-grid side.
+Shape letters: h w a map's own sides, H W pixels, g v rows and columns of the token grid.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,15 +22,72 @@ class MapOptions(Options):
     """Per map, after upsampling: none; (m - min) / (max - min); m / max|m|. Never over a batch."""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenGrid:
+    """Where a model's tokens lie on its images: rows and columns of patches, from the upper left corner on.
+
+    The patches may leave a rest of the image uncovered, which the model does not see, or reach beyond it.
+    """
+
+    rows: int
+    columns: int
+    patch_height: int
+    patch_width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows, self.columns
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return self.patch_height, self.patch_width
+
+    @property
+    def side(self) -> int:
+        """The longer side of a patch in pixels: that of the squares which metrics take for tokens."""
+        return max(self.patch)
+
+    @property
+    def covered(self) -> tuple[int, int]:
+        """Height and width in pixels of what the patches cover."""
+        return self.rows * self.patch_height, self.columns * self.patch_width
+
+
+class PlacedMapOptions(MapOptions):
+    """The options of a run whose model's tokens are known."""
+
+    grid: TokenGrid | None = None
+    """Maps of this shape are laid on the pixels that its patches cover; others, and all without it, on the image."""
+
+
 def pixel_map(map_hw: NDArray[np.floating], size: tuple[int, int], options: MapOptions) -> NDArray[np.float64]:
     """Return the map at `size` (H,W) in float64, upsampled and normalised. A constant map is left as it is."""
-    pixels = upsample(np.asarray(map_hw, np.float64), size, options.upsampling)
+    pixels = on_pixels(map_hw, size, options)
     if options.normalise == "min_max":
         low, high = pixels.min(), pixels.max()
         return (pixels - low) / (high - low) if high > low else pixels
     if options.normalise == "max_abs":
         peak = np.abs(pixels).max()
         return pixels / peak if peak > 0 else pixels
+    return pixels
+
+
+def on_pixels(map_hw: NDArray[np.floating], size: tuple[int, int], options: MapOptions) -> NDArray[np.float64]:
+    """Return the map at `size` (H,W) in float64, not normalised; zero on pixels that no token covers.
+
+    >>> options = PlacedMapOptions(upsampling="nearest", grid=TokenGrid(1, 2, 2, 2))
+    >>> on_pixels(np.array([[1.0, 2.0]]), (2, 5), options)[0].tolist()
+    [1.0, 1.0, 2.0, 2.0, 0.0]
+    """
+    values = np.asarray(map_hw, np.float64)
+    grid = options.grid if isinstance(options, PlacedMapOptions) else None
+    if grid is None or values.shape != grid.shape or grid.covered == tuple(size):
+        return upsample(values, size, options.upsampling)
+    pixels = np.zeros(size)
+    on_patches = upsample(values, grid.covered, options.upsampling)[: size[0], : size[1]]
+    pixels[: on_patches.shape[0], : on_patches.shape[1]] = on_patches
     return pixels
 
 
@@ -57,15 +115,24 @@ def _weights(num_in: int, num_out: int, how: str) -> NDArray[np.float64]:
     return matrix
 
 
-def token_grid(map_hw: NDArray[np.floating], grid: tuple[int, int]) -> NDArray[np.float64]:
-    """Mean over each token's square: (H,W) -> (g,g); the identity for a map that is already on the grid."""
-    values = np.asarray(map_hw, np.float64)
-    if values.shape == tuple(grid):
+def on_tokens(map_HW: NDArray[np.floating], grid: TokenGrid) -> NDArray[np.float64]:
+    """Mean over each token's patch, (H,W) -> (g,v), of the pixels that lie in the image; the identity for a map that is
+    already on the grid.
+
+    >>> on_tokens(np.array([[1.0, 3.0, 5.0], [1.0, 3.0, 7.0]]), TokenGrid(1, 2, 2, 2)).tolist()
+    [[2.0, 6.0]]
+    """
+    values = np.asarray(map_HW, np.float64)
+    if values.shape == grid.shape:
         return values
-    (height, width), (rows, columns) = values.shape, grid
-    if height % rows or width % columns:
-        raise ValueError(f"a map of {height}x{width} cannot be averaged onto a grid of {rows}x{columns}")
-    return values.reshape(rows, height // rows, columns, width // columns).mean((1, 3))
+    seen = values[: grid.covered[0], : grid.covered[1]]
+    cells = grid.rows, grid.patch_height, grid.columns, grid.patch_width
+    if seen.shape == grid.covered:
+        return seen.reshape(cells).mean((1, 3))
+    beyond = [(0, whole - side) for whole, side in zip(grid.covered, seen.shape, strict=True)]
+    sums, counts = (np.pad(part, beyond).reshape(cells).sum((1, 3)) for part in (seen, np.ones(seen.shape)))
+    means: NDArray[np.float64] = sums / counts
+    return means
 
 
 def repeat_agreement(values_RN: NDArray[np.floating]) -> float:

@@ -13,7 +13,7 @@ from xaibatch.benchmark.explainer_bench import ExplainerBench
 from xaibatch.benchmark.stock_gradients import LOOPS
 from xaibatch.benchmark.stock_relevance import reference_lrp
 from xaibatch.explainers.base import EXPLAINERS, Explainer
-from xaibatch.pipeline.facts import patch_size
+from xaibatch.models.token_grid import token_grid_of
 
 WINDOW = 32
 """Side of occlusion's window in pixels, moved by half of it."""
@@ -112,7 +112,8 @@ def _on_superpixels(name: str, explainer: Explainer, captum: str, bench: Explain
 
 
 def _occlusion(name: str, kind: type[Explainer], bench: ExplainerBench) -> Duel:
-    patch, side = patch_size(bench.setting.model), int(bench.images_BCHW.shape[-1])
+    side = int(bench.images_BCHW.shape[-1])
+    patch = token_grid_of(bench.setting.model, (side, side)).side
     window = patch if name == "occlusion_patch" else min(WINDOW, side)
     stride = patch if name == "occlusion_patch" else window // 2
     explainer = kind() if name == "occlusion_patch" else kind(window=window, stride=stride)

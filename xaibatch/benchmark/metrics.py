@@ -238,5 +238,5 @@ def _best_batch(setting: Setting, pair: Pair, one: Bench) -> tuple[int, str]:
 
 def _pixels(job: Job, maps: Any, size: tuple[int, int]) -> NDArray[np.float32]:
     """Maps of any granularity as pixel maps (B,1,H,W)."""
-    pixels = [pixel_map(map_hw, (size[0], size[1]), job.config.maps) for map_hw in maps]
+    pixels = [pixel_map(map_hw, (size[0], size[1]), job.map_options) for map_hw in maps]
     return np.stack(pixels)[:, None].astype(np.float32)

@@ -25,7 +25,8 @@ from xaibatch.data.load import load_shard
 from xaibatch.data.sampling import sample
 from xaibatch.errors import DataError
 from xaibatch.models.classifier import Classifier
-from xaibatch.pipeline.facts import configured_model, patch_size
+from xaibatch.models.token_grid import token_grid_of
+from xaibatch.pipeline.facts import configured_model
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.record import describe_explainers
 from xaibatch.pipeline.session import Session
@@ -80,6 +81,7 @@ class Setting:
         """A job as a run would settle it; `changes` replace sections of the configuration."""
         config = self.run_config(explainers, metrics, **changes)
         facts = describe_explainers(config)
+        grid = token_grid_of(self.model, self.model.preprocessing.image_size)
         folder = RunFolder(str(self.folder / "run"))
         folder.create()
         labels = (*explainers, *metrics)
@@ -89,7 +91,8 @@ class Setting:
             class_names=self.model.class_names,
             preprocessing=self.model.preprocessing,
             precisions=precisions or dict.fromkeys(labels, "float32"),
-            patch_size=patch_size(self.model),
+            patch_size=grid.side,
+            grid=grid,
             random_explainers=frozenset(label for label, fact in facts.items() if fact["random"]),
             granularities={label: fact["granularity"] for label, fact in facts.items()},
         )

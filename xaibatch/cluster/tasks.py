@@ -42,7 +42,7 @@ def segment_images(
     clock = Stopwatch()
     with clock.measure("segmentation"):
         images = _piece(tuple(batch.images_BCHW), piece, num_pieces)
-        segments = {spec: [segment(image, spec, patch_size=job.patch_size) for image in images] for spec in specs}
+        segments = {spec: [segment(image, spec, patch_size=job.tokens.patch) for image in images] for spec in specs}
     return segments, Spent(seconds=clock.seconds)
 
 
@@ -57,7 +57,7 @@ def segment_variants(
         for question in _piece(plan.questions, piece, num_pieces):
             about, image_CHW = _variant_image(batch, question)
             if about not in known:
-                known[about] = [segment(image_CHW, spec, patch_size=job.patch_size) for spec in specs]
+                known[about] = [segment(image_CHW, spec, patch_size=job.tokens.patch) for spec in specs]
             for spec, segments_HW in zip(specs, known[about], strict=True):
                 segments[spec].append(segments_HW)
     return segments, Spent(seconds=clock.seconds)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
 from xaibatch.explainers.explained_output import Output, explained_output
-from xaibatch.explainers.superpixels import DEFAULT_PATCH_SIZE, patch_size
+from xaibatch.models.token_grid import SQUARE, token_grid_of
 from xaibatch.options import Options
 from xaibatch.perturb.plans import Baseline, WindowPlan
 
@@ -86,7 +86,7 @@ class Occlusion(Explainer):
 class PatchOcclusion(Explainer):
     """Occlusion of one ViT patch at a time: the sliding window with side and step of a patch, on the token grid.
 
-    Maps (B,g,g): the fall of the target's output when that patch is covered.
+    Maps (B,g,v): the fall of the target's output when that patch is covered.
     """
 
     name = "occlusion_patch"
@@ -99,16 +99,17 @@ class PatchOcclusion(Explainer):
     options: PatchOcclusionOptions
 
     def explain(self, inputs: ExplainInput) -> Attribution:
-        side = patch_size(inputs.model)
-        tops_R, lefts_C = (np.arange(0, pixels, side) for pixels in inputs.images_BCHW.shape[2:])
-        falls = output_falls(inputs, self.options, tops_R, lefts_C, (side, side))
+        height, width = inputs.images_BCHW.shape[2:]
+        grid = token_grid_of(inputs.model, (height, width))
+        tops_R, lefts_C = (np.arange(num) * step for num, step in zip(grid.shape, grid.patch, strict=True))
+        falls = output_falls(inputs, self.options, tops_R, lefts_C, grid.patch)
         return Attribution(maps_Bhw=torch.from_numpy(np.stack(falls)).to(inputs.images_BCHW))
 
     def cost(self) -> str:
         return "one forward per patch"
 
     def num_forward_passes(self) -> int:
-        return (NOMINAL_SIDE // DEFAULT_PATCH_SIZE) ** 2 + 1
+        return (NOMINAL_SIDE // SQUARE) ** 2 + 1
 
 
 def window_positions(pixels: int, window: int, stride: int) -> NDArray[np.int64]:

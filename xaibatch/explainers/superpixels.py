@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import nn
 
 from xaibatch.explainers.base import ExplainInput
+from xaibatch.models.token_grid import token_grid_of
 from xaibatch.options import Options
 from xaibatch.perturb.segmentation import Segmentation, segment, segmentation_spec
-
-DEFAULT_PATCH_SIZE = 16
-"""Side in pixels of a square of the `grid` segmentation for a model that has no patches of its own."""
 
 
 class SuperpixelOptions(Options):
@@ -26,7 +23,8 @@ class SuperpixelOptions(Options):
     """scikit-image's quickshift (with lime's settings), slic or felzenszwalb, or the ViT's patch `grid`."""
 
     segmentation_options: Mapping[str, Any] = Field(default_factory=dict)
-    """Arguments of the scikit-image function, e.g. {"n_segments": 50}, or {"patch_size": 32} (pixels) for `grid`."""
+    """Arguments of the scikit-image function, e.g. {"n_segments": 50}; for `grid` {"patch_size": 32}, or [32, 16] for
+    height and width, in pixels."""
 
     @property
     def spec(self) -> str:
@@ -39,19 +37,11 @@ def superpixels(inputs: ExplainInput, options: SuperpixelOptions) -> Sequence[ND
     if options.spec in inputs.segments:
         return inputs.segments[options.spec]
     images_BCHW = inputs.images_BCHW.detach().cpu().numpy()
-    side = patch_size(inputs.model)
-    return [segment(image_CHW, options.spec, patch_size=side) for image_CHW in images_BCHW]
+    height, width = inputs.images_BCHW.shape[2:]
+    patch = token_grid_of(inputs.model, (height, width)).patch
+    return [segment(image_CHW, options.spec, patch_size=patch) for image_CHW in images_BCHW]
 
 
 def paint(weights_M: NDArray[np.float64], segments_HW: NDArray[np.int32]) -> NDArray[np.float64]:
     """Return every pixel's superpixel weight, float64 (H,W)."""
     return weights_M[segments_HW]
-
-
-def patch_size(model: nn.Module) -> int:
-    """Side in pixels of the model's patch tokens; DEFAULT_PATCH_SIZE for a model without square patches."""
-    embedding = getattr(getattr(model, "backbone", model), "patch_embed", None)
-    side: Any = getattr(embedding, "patch_size", DEFAULT_PATCH_SIZE)
-    if isinstance(side, tuple):
-        side = side[0] if side[0] == side[1] else DEFAULT_PATCH_SIZE
-    return int(side)

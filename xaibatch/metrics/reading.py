@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xaibatch.errors import NotScoredError
-from xaibatch.maps import upsample
+from xaibatch.maps import on_pixels
 from xaibatch.metrics.base import ImageView, MapView
 from xaibatch.options import Options
 from xaibatch.types import ALL_ZERO_MAP, NAN_MAP
@@ -56,7 +56,7 @@ def positive_mass(view: MapView, map_hw: NDArray[np.floating] | None = None) -> 
     The run's min-max normalisation would turn evidence against the class into evidence for it, so it is left out here.
     """
     native = view.map_hw if map_hw is None else map_hw
-    return np.maximum(upsample(readable(native), view.shape_CHW[1:], view.map_options.upsampling), 0)
+    return np.maximum(on_pixels(readable(native), view.shape_CHW[1:], view.map_options), 0)
 
 
 def model_output(logits_xK: NDArray[np.floating], output: Output) -> NDArray[np.float64]:

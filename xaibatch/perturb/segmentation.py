@@ -5,7 +5,7 @@ Shape letters: C channels, H W pixels, M superpixels.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -30,20 +30,25 @@ def segmentation_spec(name: Segmentation, options: Mapping[str, Any]) -> str:
 
 
 def segment(
-    image_CHW: NDArray[np.floating], name: str, options: Mapping[str, Any] | None = None, patch_size: int = 16
+    image_CHW: NDArray[np.floating],
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    patch_size: int | tuple[int, int] = 16,
 ) -> NDArray[np.int32]:
     """Return the superpixels of a normalised image, numbered 0..M-1 without gaps.
 
     `name` is a Segmentation or the string made by `segmentation_spec` (then leave `options` out). Algorithms of
     scikit-image get the image as the `lime` package hands it over: (H,W,C), normalised units and all. `quickshift`
     starts from lime's own settings, the others from scikit-image's defaults; `options` are the algorithm's own
-    arguments. `grid` cuts squares of `patch_size` pixels (option `patch_size` overrides it); a rest at the border is a
-    smaller piece.
+    arguments. `grid` cuts patches of `patch_size` pixels (one side, or height and width; the option `patch_size`
+    overrides it); a rest at the border is a smaller piece.
 
+    A grey image is given to scikit-image as three equal channels, as `lime` does, for colours are compared in Lab.
     The image is cast to float32 first, so that a float64 run has the superpixels of a float32 run. Unlike in `lime`,
     labels that start at 1 (slic) are shifted: there the last superpixel could never be hidden.
 
-    Raises UnknownNameError for another name, ConfigError for an option that the algorithm does not have.
+    Raises UnknownNameError for another name, ConfigError for an option that the algorithm does not have and for a
+    number of channels that it cannot read.
     """
     name, _, written = name.partition(":")
     if written:
@@ -52,18 +57,25 @@ def segment(
         raise UnknownNameError("segmentation", name, get_args(Segmentation))
     if name == "grid":
         return patch_grid(image_CHW.shape[1:], **{"patch_size": patch_size, **(options or {})})
-    labels_HW = _algorithm(name, options or {})(np.ascontiguousarray(image_CHW.transpose(1, 2, 0), np.float32))
+    num_channels = len(image_CHW)
+    if name == "quickshift" and num_channels not in (1, 3) and (options or {}).get("convert2lab", True):
+        raise ConfigError(
+            f"segmentation 'quickshift' reads images of 1 or 3 channels, received {num_channels}: "
+            "use slic, felzenszwalb or grid"
+        )
+    colour_CHW = np.repeat(image_CHW, 3, axis=0) if num_channels == 1 else image_CHW
+    labels_HW = _algorithm(name, options or {})(np.ascontiguousarray(colour_CHW.transpose(1, 2, 0), np.float32))
     _, dense = np.unique(labels_HW, return_inverse=True)
     return dense.reshape(labels_HW.shape).astype(np.int32)
 
 
-def patch_grid(size: tuple[int, ...], *, patch_size: int) -> NDArray[np.int32]:
-    """Return squares of `patch_size` pixels, row-major like a ViT's tokens, int32 (H,W)."""
+def patch_grid(size: tuple[int, ...], *, patch_size: int | Sequence[int]) -> NDArray[np.int32]:
+    """Return patches of `patch_size` pixels (side, or height and width), row-major like a ViT's tokens, int32 (H,W)."""
     height, width = size
-    columns = -(-width // patch_size)
+    tall, wide = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    columns = -(-width // wide)
     grid_HW: NDArray[np.int32] = (
-        np.arange(height, dtype=np.int32)[:, None] // patch_size * columns
-        + np.arange(width, dtype=np.int32) // patch_size
+        np.arange(height, dtype=np.int32)[:, None] // tall * columns + np.arange(width, dtype=np.int32) // wide
     )
     return grid_HW
 

@@ -58,14 +58,14 @@ def score_adapter(
         def explain(images: Any, targets: Any, keys: Any, model: Any) -> NDArray[np.floating]:
             answering = session if model is None else changed.session(model)
             native = answering.explain_images(explainer, images, [int(k) for k in targets], keys)
-            return np.stack([pixel_map(map_hw, size, job.config.maps) for map_hw in native])
+            return np.stack([pixel_map(map_hw, size, job.map_options) for map_hw in native])
 
         if rows:
             scored = score_with_quantus(
                 metric,
                 x_BCHW=batch.images_BCHW[rows],
                 y_B=classes_B[rows],
-                maps_BHW=np.stack([pixel_map(maps.maps_Bhw[row], size, job.config.maps) for row in rows]),
+                maps_BHW=np.stack([pixel_map(maps.maps_Bhw[row], size, job.map_options) for row in rows]),
                 keys=[job.key(explained.ids[row], repeat) for row in rows],
                 predict=session.forward,
                 explain=explain,

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
 
 from xaibatch.config import EMBEDDED, RunConfig, method_of
 from xaibatch.data.dataset import DataSet
@@ -15,12 +14,10 @@ from xaibatch.embedded import model_path
 from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.models.classifier import Classifier
 from xaibatch.models.load import load_model
+from xaibatch.models.token_grid import token_grid_of
 from xaibatch.models.vit import plain_vit
 
-CONV_PATCH = 16
-"""Side in pixels of the grid that maps of models without tokens are stored on."""
-
-_RATE_BATCH, _RATE_RUNS = 16, 3
+_RATE_BATCH, _RATE_RUNS = {"cpu": 16, "cuda": 256}, 3
 
 
 def settle_model(config: RunConfig, dataset: DataSet) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -31,12 +28,14 @@ def settle_model(config: RunConfig, dataset: DataSet) -> tuple[dict[str, Any], d
     model = configured_model(config, dataset.class_names)
     _check_readable(config, model)
     label_indices([record.label for record in dataset.records], model.class_names)
+    grid = token_grid_of(model, model.preprocessing.image_size)
     facts = {
         "name": config.model.name,
         "class_names": list(model.class_names),
         "preprocessing": model.preprocessing.model_dump(mode="json"),
         "source": asdict(model.source),
-        "patch_size": patch_size(model),
+        "patch_size": grid.side,
+        "token_grid": asdict(grid),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "forward_passes_per_second": round(forward_rate(model), 2) if not torch.cuda.is_available() else None,
     }
@@ -64,24 +63,19 @@ def configured_model(config: RunConfig, data_class_names: Sequence[str] = ()) ->
     )
 
 
-def patch_size(model: nn.Module) -> int:
-    """Side of a token in pixels; CONV_PATCH for models without a square patch embedding."""
-    backbone = getattr(model, "backbone", model)
-    size = getattr(getattr(backbone, "patch_embed", None), "patch_size", (CONV_PATCH, CONV_PATCH))
-    return int(size[0]) if isinstance(size, tuple | list) and size[0] == size[1] else CONV_PATCH
-
-
 @torch.inference_mode()
 def forward_rate(model: Classifier) -> float:
-    """Images a second through the model on this process's CPU threads (median of a few batches after a warm-up)."""
-    images_BCHW = torch.zeros(_RATE_BATCH, 3, *model.preprocessing.image_size)
-    model(images_BCHW)
+    """Images a second through the model where it lies (median of a few batches after a warm-up)."""
+    device = next(model.parameters()).device
+    num_images = _RATE_BATCH.get(device.type, 16)
+    images_BCHW = torch.zeros(num_images, model.preprocessing.channels, *model.preprocessing.image_size, device=device)
+    model(images_BCHW).cpu()
     seconds = []
     for _ in range(_RATE_RUNS):
         start = time.perf_counter()
-        model(images_BCHW)
+        model(images_BCHW).cpu()  # the answer's arrival ends the work of a GPU too
         seconds.append(time.perf_counter() - start)
-    return _RATE_BATCH / sorted(seconds)[_RATE_RUNS // 2]
+    return num_images / sorted(seconds)[_RATE_RUNS // 2]
 
 
 def settle_precisions(config: RunConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from xaibatch.config import RunConfig
 from xaibatch.data.load import load_shard
 from xaibatch.data.preprocess import Preprocessing
+from xaibatch.maps import PlacedMapOptions, TokenGrid
 from xaibatch.metrics.base import Metric, Variant
 from xaibatch.perturb.plans import PerturbationPlan
 from xaibatch.pipeline.cells import MetricGroup, build_metrics, metric_groups
@@ -39,10 +40,23 @@ class Job:
     """Labels of explainers that draw random numbers: explained anew for every repeat."""
     granularities: Mapping[str, str]
     """Label of an explainer -> `token`, `pixel` or `segment`."""
+    grid: TokenGrid | None = None
+    """Where the model's tokens lie on the run's images; None: squares of patch_size, as many as fit in."""
     run_id: str = ""
     """What the parts of this run are sealed with."""
     data_root: str = ""
     """Folder or URL that the image paths in `predictions` start at; empty: they stay as they are."""
+
+    @cached_property
+    def tokens(self) -> TokenGrid:
+        """The grid that maps are stored on."""
+        side = self.patch_size
+        return self.grid or TokenGrid(*(max(1, pixels // side) for pixels in self.preprocessing.image_size), side, side)
+
+    @cached_property
+    def map_options(self) -> PlacedMapOptions:
+        """How this run's maps reach the pixels."""
+        return PlacedMapOptions(**self.config.maps.model_dump(), grid=self.tokens)
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:

@@ -194,5 +194,5 @@ def _map_view(
         explainer=explainer,
         target=int(maps.targets_B[row]),
         map_hw=maps.maps_Bhw[row],
-        map_options=job.config.maps,
+        map_options=job.map_options,
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from xaibatch.data.index import relative_to
-from xaibatch.maps import repeat_agreement, token_grid
+from xaibatch.maps import on_tokens, repeat_agreement
 from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import Job, ShardExplanations
 from xaibatch.pipeline.scoring import map_status
@@ -105,4 +105,4 @@ def _grid(job: Job, map_hw: np.ndarray, shape_CHW: tuple[int, int, int]) -> np.n
     height, width = shape_CHW[1:]
     if map_hw.shape != (height, width):
         return np.asarray(map_hw, np.float64)
-    return token_grid(map_hw, (height // job.patch_size, width // job.patch_size))
+    return on_tokens(map_hw, job.tokens)
