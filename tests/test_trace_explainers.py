@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import xaibatch
 from tests.slow_vit import VARIANTS, attentions_and_gradients, images_for, make_vit, reading_row, watched
 from tests.test_transformer_lrp import errors, small_vit, targets_of, tiny_vit
 from xaibatch.errors import ConfigError
@@ -194,6 +195,34 @@ def test_every_traced_explainer_shares_one_trace_and_fits_the_contract() -> None
         alone = maps_of(inputs_for(model, images[1:2], targets[1:2]), name)
         assert errors(maps[1:2], alone).max() < 1e-9, name
     assert EXPLAINERS["attention_rollout"] is EXPLAINERS["attention_rollout_mean"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gradcam", {"relu": True}),
+        ("gradcam", {"relu": False}),
+        ("input_gradient", {"level": "patch_abs"}),
+        ("input_gradient", {"level": "pixel"}),
+        ("transformer_lrp", {"method": "full"}),
+        ("transformer_lrp", {"method": "rollout"}),
+        ("transformer_lrp", {"method": "last_layer_ablation"}),
+        ("attn_lrp", {"level": "pixel"}),
+        ("attn_lrp_cp", {"level": "token"}),
+        ("lime", {"num_samples": 30, "output": "top_k_mask", "segmentation": "grid"}),
+        ("lime", {"num_samples": 30, "segmentation": "grid"}),
+    ],
+)
+def test_what_options_change_is_declared(name: str, options: dict[str, Any]) -> None:
+    """Sign and granularity as the map shows them; where the sign hangs on an option, some map must have both signs."""
+    model = make_vit("plain")
+    images, _ = images_for(model, count=4)
+    maps = xaibatch.explain(model, images, name, [0, 1, 2, 3], resolution="native", **options)
+    explainer = EXPLAINERS[name](**options)
+    assert explainer.signed == bool((maps < 0).any())
+    height, width = images.shape[2:]
+    assert (explainer.granularity == "token") == (maps.shape[1:] == (height // 8, width // 8))
+    assert (explainer.granularity == "token") or maps.shape[1:] == (height, width)
 
 
 def test_all_zero_and_nan_maps_are_returned_as_they_are() -> None:

@@ -18,7 +18,7 @@ a layer O I its outputs and inputs, N images and tokens together.
 """
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -125,6 +125,10 @@ class AttnLRP(Explainer):
     Options = AttnLRPOptions
     options: AttnLRPOptions
     rules: ClassVar[type[AttnLRPRules]] = AttnLRPRules
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.granularity = "pixel" if self.options.level == "pixel" else "token"
 
     def explain(self, inputs: ExplainInput) -> Attribution:
         return Attribution(maps_Bhw=inputs.trace.map(self.relevance))

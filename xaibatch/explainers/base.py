@@ -19,6 +19,9 @@ from xaibatch.perturb.plans import PerturbationPlan
 from xaibatch.registry import Registry
 from xaibatch.seeding import DrawKey
 
+Granularity = Literal["token", "pixel", "segment"]
+"""On the token grid (B,g,v); per pixel (B,H,W); per pixel, equal within a superpixel."""
+
 RunPlans = Callable[[Sequence[tuple[int, PerturbationPlan]]], list[NDArray[np.floating]]]
 """Runs (row of the batch, plan) pairs in full batches; returns one logits array (S,K) per pair, in order."""
 
@@ -59,18 +62,21 @@ class Attribution:
 class Explainer(ABC):
     """One explanation method with its options fixed.
 
-    Class attributes are what `xaibatch list explainers` prints: `paper` cites the source; `signed` says whether a
-    negative value means evidence against the target; `granularity` is the map's native resolution; `needs` says what
-    the model must be (`vit`: a plain timm VisionTransformer; `gradients`; `any`: every timm classifier).
+    Class attributes are what `xaibatch list explainers` prints: `paper` cites the source; `needs` says what the model
+    must be (`vit`: a plain timm VisionTransformer; `gradients`; `any`: every timm classifier). The class's `signed`,
+    `granularity` and `random` hold for its default options; where they hang on an option, read them of an instance.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
-    signed: ClassVar[bool]
-    granularity: ClassVar[Literal["token", "pixel", "segment"]]
     needs: ClassVar[Literal["vit", "gradients", "any"]]
-    random: ClassVar[bool] = False
+
+    signed: bool
+    """Whether there are negative values; they mean evidence against the target. Without: none are below zero."""
+    granularity: Granularity
+    """The map's native resolution."""
+    random: bool = False
     """Draws random numbers: computed anew for every repeat."""
 
     Options: ClassVar[type[Options]] = Options

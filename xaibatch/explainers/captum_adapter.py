@@ -118,10 +118,11 @@ class CaptumExplainer(Explainer):
                 raise ConfigError(str(UnknownNameError(f"argument of {self.name}", key, known)))
         if ("layer" in inspect.signature(self.method).parameters) != (self.options.layer is not None):
             raise ConfigError(f"{self.name}: the option layer names a module for Layer* classes, and only for them")
-        self.random: bool = type(self).random or self.options.noise_samples > 0  # type: ignore[misc]
+        self.random = type(self).random or self.options.noise_samples > 0
         is_positive = self.method.__name__ == "Saliency" and self.options.arguments.get("abs", True)
+        is_rectified = bool(self.options.arguments.get("relu_attributions", False))
         is_squared = self.options.noise_samples > 0 and self.options.noise_type != "smoothgrad"
-        self.signed: bool = not (is_positive or is_squared or self.options.channels == "abs_sum")  # type: ignore[misc,no-redef]
+        self.signed = not (is_positive or is_rectified or is_squared or self.options.channels == "abs_sum")
 
     def explain(self, inputs: ExplainInput) -> Attribution:
         """Return maps (B,H,W), or a layer's own grid for Layer* classes; ModelError for an activation that is no

@@ -7,6 +7,8 @@ it, the class token alone carries the gradient). Class and register tokens are l
 Shape letters: B images, P patches, D channels, g v grid.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
@@ -35,6 +37,10 @@ class GradCAM(Explainer):
     needs = "vit"
     Options = GradCAMOptions
     options: GradCAMOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.signed = not self.options.relu
 
     def explain(self, inputs: ExplainInput) -> Attribution:
         maps = inputs.trace.map(weighted_features)

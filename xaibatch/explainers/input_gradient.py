@@ -6,7 +6,7 @@ Pixels are in the model's normalised units, so a mid-grey pixel (zero) gets noth
 Shape letters: B images, P patches, I values of a patch, g v grid, H W pixels.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -36,6 +36,11 @@ class InputGradient(Explainer):
     needs = "vit"
     Options = InputGradientOptions
     options: InputGradientOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.signed = self.options.level != "patch_abs"
+        self.granularity = "pixel" if self.options.level == "pixel" else "token"
 
     def explain(self, inputs: ExplainInput) -> Attribution:
         return Attribution(maps_Bhw=inputs.trace.map(self.relevance))

@@ -3,7 +3,7 @@
 Shape letters: B images, C channels, H W pixels, S samples, M superpixels, K classes.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,6 +59,10 @@ class Lime(Explainer):
     random = True
     Options = LimeOptions
     options: LimeOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.signed = self.options.output == "weights"
 
     def explain(self, inputs: ExplainInput) -> Attribution:
         options = self.options

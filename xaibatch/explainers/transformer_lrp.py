@@ -16,7 +16,7 @@ Shape letters: B images, N tokens, Q read tokens, P patches, D width, h heads, d
 
 import copy
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -77,6 +77,11 @@ class TransformerLRP(Explainer):
     needs = "vit"
     Options = TransformerLRPOptions
     options: TransformerLRPOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.options.method == "full":
+            self.signed, self.granularity = True, "pixel"
 
     def explain(self, inputs: ExplainInput) -> Attribution:
         if self.options.precision == "model" or inputs.images_BCHW.dtype == torch.float64:
