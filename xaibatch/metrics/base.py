@@ -121,11 +121,13 @@ class TargetVariant:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsVariant:
     """The same image and target, explained on a model whose layers (from `order`, the first `num_layers`) were
-    re-initialised with draws keyed by (seed, layer name); `num_layers` -1 means all."""
+    re-initialised with draws keyed by (seed, layer name); `num_layers` -1 means all, None the `share` of them."""
 
     order: Literal["top_down", "bottom_up", "independent"]
-    num_layers: int
+    num_layers: int | None
     seed: int
+    share: float = 1.0
+    """Of the model's layers, above 0 and at most 1, rounded to a whole number of at least one."""
     noisy: NoisyVariant | None = None
     """Explain this noisy copy instead of the image itself."""
 

@@ -3,7 +3,8 @@
 Shape letters: H W pixels, K classes, V variants.
 """
 
-from typing import Literal
+import itertools
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,16 +87,36 @@ class RandomLogit(VariantMetric):
         return "random logit"
 
 
+STAGE_SHARES: Final = tuple(num_layers / 75 for num_layers in (2, 8, 14, 26, 50, 75))
+"""Shares of the model's layers at the default stages: six different models wherever there are 15 layers or more."""
+
+
 class MprtOptions(MapReading):
     abs: bool = True
     order: Literal["top_down", "bottom_up", "independent"] = "top_down"
     """Layers re-initialised from the head down, from the input up (both cascading), or one at a time."""
-    stages: tuple[int, ...] = Field((2, 8, 14, 26, 50, -1), min_length=1)
-    """How many layers are re-initialised at each stage, -1 all of them. The default is a ViT's head and last norm, then
-    one, two, four and eight of its blocks too, then everything. Quantus goes through every layer."""
+    stages: tuple[int, ...] | None = Field(None, min_length=1)
+    """How many layers are re-initialised at each stage, -1 all of them (under `independent`: which layer, counted from
+    the head). None: the shares of the model's layers that a ViT of twelve blocks has in its head and last norm, then
+    with one, two, four and eight of its blocks too, then everything. Quantus goes through every layer."""
     seed: int = 42
     """Seed of the new weights, the same for all images."""
     similarity: Similarity = "spearman"
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stages or STAGE_SHARES)
+
+    def changed_models(self, noisy: NoisyVariant | None = None) -> tuple[WeightsVariant, ...]:
+        """The question for each stage: the image (or a noisy copy) on the model with new weights."""
+        if self.stages is None:
+            return tuple(
+                WeightsVariant(order=self.order, num_layers=None, share=share, seed=self.seed, noisy=noisy)
+                for share in STAGE_SHARES
+            )
+        return tuple(
+            WeightsVariant(order=self.order, num_layers=stage, seed=self.seed, noisy=noisy) for stage in self.stages
+        )
 
 
 @METRICS.register("mprt")
@@ -116,13 +137,10 @@ class Mprt(VariantMetric):
     options: MprtOptions
 
     def variants(self, view: ImageView) -> tuple[Variant, ...]:
-        return tuple(
-            WeightsVariant(order=self.options.order, num_layers=stage, seed=self.options.seed)
-            for stage in self.options.stages
-        )
+        return self.options.changed_models()
 
     def num_variants(self) -> int:
-        return len(self.options.stages)
+        return self.options.num_stages
 
     def similarities(self, view: MapView, answers: tuple[VariantView, ...]) -> NDArray[np.float64]:
         """Similarity of the map to that of each stage (V,)."""
@@ -192,7 +210,7 @@ def histogram_entropy(values_HW: NDArray[np.float64], num_bins: int) -> float:
 
 class SmoothMprtOptions(MprtOptions):
     order: Literal["top_down", "bottom_up", "independent"] = "bottom_up"
-    stages: tuple[int, ...] = Field((-1,), min_length=1)
+    stages: tuple[int, ...] | None = Field((-1,), min_length=1)
     num_samples: int = Field(10, ge=2)
     """Maps averaged for each model: noisy copies, and the image itself as the last (Quantus: 50)."""
     noise_magnitude: float = Field(0.1, gt=0)
@@ -228,15 +246,11 @@ class SmoothMprt(VariantMetric):
             NoisyVariant(plan=plan, sample=sample, target="original", draws=options.draws)
             for sample in range(plan.num_samples)
         ]
-        changed = [
-            WeightsVariant(order=options.order, num_layers=stage, seed=options.seed, noisy=copy)
-            for stage in options.stages
-            for copy in [*noisy, None]
-        ]
-        return (*noisy, *changed)
+        copies_by_stage = zip(*(options.changed_models(copy) for copy in [*noisy, None]), strict=True)
+        return (*noisy, *itertools.chain.from_iterable(copies_by_stage))
 
     def num_variants(self) -> int:
-        return self.options.num_samples - 1 + len(self.options.stages) * self.options.num_samples
+        return self.options.num_samples - 1 + self.options.num_stages * self.options.num_samples
 
     def score(self, view: MapView, answers: tuple[VariantView, ...]) -> float:
         per_model = self.options.num_samples

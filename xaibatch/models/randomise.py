@@ -1,11 +1,12 @@
 """Models with re-initialised layers, for randomisation metrics: a model and a WeightsVariant in, a copy out."""
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from xaibatch.errors import ConfigError
 from xaibatch.metrics.base import WeightsVariant
 from xaibatch.seeding import keyed_generator
 
@@ -25,25 +26,32 @@ def randomised(model: ModuleT, variant: WeightsVariant) -> ModuleT:
     """Return a copy whose layers were re-initialised by their own `reset_parameters` (Adebayo et al., NeurIPS 2018).
 
     Order `top_down` resets the last `num_layers` layers, `bottom_up` the first ones, `independent` only layer number
-    `num_layers` from the top (1 is the head); -1 resets all. Draws are keyed by (seed, layer name): a layer's new
-    weights do not depend on which other layers are reset. The model itself and the global random state are left alone.
-    Parameters outside such modules (class token, position embedding) stay, as in Quantus.
+    `num_layers` from the top (1 is the head); -1 resets all. Draws are keyed by (seed, layer name) and made in float32:
+    a layer's new weights depend neither on which other layers are reset nor on the precision of the run. The model
+    itself and the global random state are left alone. Parameters outside such modules (class token, position embedding)
+    stay, as in Quantus. Raises ConfigError for a number of layers that the model does not have.
     """
     changed = copy.deepcopy(model)
-    names = layer_names(changed)
-    if variant.order != "bottom_up":
-        names = names[::-1]
-    if variant.order == "independent" and variant.num_layers >= 0:
-        chosen = names[variant.num_layers - 1 : variant.num_layers]
-    else:
-        chosen = names if variant.num_layers < 0 else names[: variant.num_layers]
     modules = dict(changed.named_modules())
-    for name in chosen:
+    for name in _chosen(layer_names(changed), variant):
         seed = int(keyed_generator(variant.seed, "", "randomise", 0, name).integers(2**63 - 1))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            module = modules[name]
-            device = next(module.parameters(recurse=False)).device
-            module.to("cpu").reset_parameters()
-            module.to(device)
+            module: Any = modules[name]
+            before = next(module.parameters(recurse=False))
+            device, dtype = before.device, before.dtype
+            module.to("cpu", torch.float32).reset_parameters()
+            module.to(device, dtype)
     return changed
+
+
+def _chosen(names: tuple[str, ...], variant: WeightsVariant) -> tuple[str, ...]:
+    """The layers that a variant re-initialises."""
+    if variant.order != "bottom_up":
+        names = names[::-1]
+    num = max(1, round(variant.share * len(names))) if variant.num_layers is None else variant.num_layers
+    if num == -1:
+        return names
+    if not 1 <= num <= len(names):
+        raise ConfigError(f"stage {num} of a randomisation metric: the model has 1 to {len(names)} layers (-1: all)")
+    return names[num - 1 : num] if variant.order == "independent" else names[:num]
