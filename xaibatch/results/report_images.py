@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
+from xaibatch.data.index import image_root, located
 from xaibatch.errors import XaibatchError
 from xaibatch.results.frames import Run
 from xaibatch.results.overlay import grey_image
@@ -117,7 +118,8 @@ def _records_of_predictions(run: Run, wanted: Sequence[str]) -> list[ImageRecord
     rows = run.predictions.dataset().to_table(
         columns=["image_id", "path"], filter=ds.field("image_id").isin(list(wanted))
     )
-    paths = {row["image_id"]: row["path"] for row in rows.to_pylist()}
+    root = image_root(run.record["data"].get("root") or "")
+    paths = {row["image_id"]: located(root, row["path"]) for row in rows.to_pylist()}
     return [ImageRecord(image_id=image_id, path=paths[image_id]) for image_id in wanted if image_id in paths]
 
 

@@ -41,7 +41,8 @@ PREDICTIONS = pa.schema(
         ("path", pa.string()),
     ]
 )
-"""One row an image: the model's output on the image itself, classes in the order of `run.json`."""
+"""One row an image: the model's output on the image itself, classes in the order of `run.json`; `path` below the data's
+root that `run.json` names (whole where it lies outside)."""
 
 MAPS = pa.schema(
     [
