@@ -137,7 +137,7 @@ def test_exported_tables_hold_the_statistics(exported, run_url):
             np.testing.assert_allclose(table.loc[key, "mean"], summary.mean)
             np.testing.assert_allclose(table.loc[key, "high"], summary.interval.high)
         pairs = read(exported[f"pairs{suffix}"]).query("group == 'all'")
-        assert len(pairs) == len(made.pairs) == 40
+        assert len(pairs) == len(made.pairs["all images"]) == 40
         assert set(pairs["verdict"]) <= {"better", "worse", "undecided"}
     assert len(pd.read_parquet(exported["scores.parquet"])) == 48 * 5 * 4 * 2
 

@@ -74,8 +74,14 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         for cube, n, row in zip(cubes, names, rows, strict=True)
     ]
     differences_IK = (values[1] - values[0]).reshape(-1, len(images)).T
-    signs = [metric_info(m, runs[0].record).sign for _ in explainers for m in metrics]
-    found = compare_columns(differences_IK, first.clusters_I[rows[0]], signs, seed=int(runs[0].config.get("seed", 0)))
+    judged = [metric_info(m, runs[0].record) for _ in explainers for m in metrics]
+    found = compare_columns(
+        differences_IK,
+        first.clusters_I[rows[0]],
+        [m.sign for m in judged],
+        seed=int(runs[0].config.get("seed", 0)),
+        bounds_K=[m.bounds for m in judged],
+    )
     predicted = [cube.predicted_I[row] for cube, row in zip(cubes, rows, strict=True)]
     labels = first.labels_I[rows[0]]
     known = np.array([label is not None for label in labels], bool)

@@ -16,7 +16,7 @@ from xaibatch.results.figures_images import picture_figure
 from xaibatch.results.frames import open_run
 from xaibatch.results.report_gallery import ReportOptions, make_gallery
 from xaibatch.results.statistics import Summary
-from xaibatch.results.study import Study, make_study, pairwise
+from xaibatch.results.study import Study, make_study
 from xaibatch.results.summary import column_digits, counted
 
 _LATEX = {
@@ -86,8 +86,7 @@ def summary_rows(made: Study) -> Iterator[dict[str, Any]]:
 def pair_rows(made: Study) -> Iterator[dict[str, Any]]:
     """One row a group of images, pair of explainers and metric: every field of `Comparison`. Each group is a family."""
     for group in made.groups:
-        pairs = made.pairs if group.kind == "all" else pairwise(made.cube, group, seed=made.seed)
-        for (first, second, metric), c in pairs.items():
+        for (first, second, metric), c in made.pairs[group.title].items():
             row = asdict(c)
             interval = row.pop("interval") or {"low": None, "high": None, "method": None}
             row |= {"low": interval["low"], "high": interval["high"], "interval": interval["method"]}
@@ -148,7 +147,7 @@ def latex_pairs(made: Study) -> str:
         "Metric & A & B & A $-$ B [95\\%] & $d$ & $p_\\mathrm{Holm}$ & A is \\\\",
         "\\midrule",
     ]
-    for (first, second, metric), c in made.pairs.items():
+    for (first, second, metric), c in made.pairs[made.groups[0].title].items():
         difference = f"{c.mean_difference:.4g}" + (
             f" [{c.interval.low:.4g}, {c.interval.high:.4g}]" if c.interval else ""
         )

@@ -46,7 +46,7 @@ def interval_figure(
     titles: Mapping[str, str],
 ) -> Figure:
     """Mean and 95% interval of every explainer, one panel a metric; the random map's interval is a band behind the
-    others."""
+    others; dotted where it comes from the metric's range, as nearly all scores are equal."""
     figure, panels = _panels(len(cube.metrics), 0.27 * len(cube.explainers) + 0.95)
     for number, (axes, metric) in enumerate(zip(panels, cube.metrics, strict=True)):
         for place, explainer in enumerate(cube.explainers):
@@ -58,7 +58,15 @@ def interval_figure(
                 low, high = summary.interval.low, summary.interval.high
                 if is_floor:
                     axes.axvspan(low, high, color="#dddddd", lw=0, zorder=0)
-                axes.plot([low, high], [place, place], color=_INK, lw=1.6, solid_capstyle="butt", zorder=2)
+                axes.plot(
+                    [low, high],
+                    [place, place],
+                    ":" if summary.alike else "-",
+                    color=_INK,
+                    lw=1.6,
+                    solid_capstyle="butt",
+                    zorder=2,
+                )
             axes.plot(summary.mean, place, "o", ms=5.5, color="white" if is_floor else _INK, mec=_INK, zorder=3)
             mark = marks.get((explainer, metric.label), "")
             if mark:

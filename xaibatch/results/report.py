@@ -22,7 +22,7 @@ from xaibatch.results.report_figure import tile_grid
 from xaibatch.results.report_findings import findings
 from xaibatch.results.report_gallery import Gallery, ReportOptions, make_gallery
 from xaibatch.results.study import Study, make_study
-from xaibatch.results.summary import counted
+from xaibatch.results.summary import ALIKE, counted
 
 REPORT = "report.html"
 
@@ -66,6 +66,7 @@ def render_report(run: Run, options: ReportOptions) -> str:
 def _text_context(run: Run, made: Study, image_notes: tuple[str, ...]) -> dict[str, Any]:
     cube, record = made.cube, run.record
     everything = made.groups[0].title
+    pairs = made.pairs[everything]
     by_metric = {m.label: m for m in cube.metrics}
     model = record.get("model", {}).get("name", "a model")
     written_by = " ".join(["Written by xaibatch", record.get("versions", {}).get("xaibatch", "")]).strip() + "."
@@ -80,23 +81,27 @@ def _text_context(run: Run, made: Study, image_notes: tuple[str, ...]) -> dict[s
         "findings": findings(
             cube,
             made.summaries[everything],
-            made.pairs,
+            pairs,
             made.marks[everything],
             made.agreement,
             made.floor,
             made.titles,
         ),
-        "num_tests": next((c.num_tests for c in made.pairs.values()), 0),
+        "num_tests": next((c.num_tests for c in pairs.values()), 0),
         "counted": counted(cube),
         "floor": made.floor,
+        "alike": ALIKE
+        if any(s.alike and s.num_scored for found in made.summaries.values() for s in found.values())
+        or any(c.alike for c in pairs.values())
+        else "",
         "scored_note": _scored_note(cube),
         "score_tables": [
             report_tables.score_table(cube, g, made.summaries[g.title], made.marks[g.title], made.titles)
             for g in made.groups
         ],
         "missing": report_tables.missing_table(cube, made.titles),
-        "matrices": [report_tables.matrix(made.pairs, m, cube.explainers, made.titles) for m in cube.metrics],
-        "pairs": report_tables.pair_table(made.pairs, by_metric, made.titles),
+        "matrices": [report_tables.matrix(pairs, m, cube.explainers, made.titles) for m in cube.metrics],
+        "pairs": report_tables.pair_table(pairs, by_metric, made.titles),
         "noise": report_tables.noise_table(made.noise, cube, made.titles) if made.noise else {"rows": ()},
         "agreement": report_tables.agreement_table(made.agreement, by_metric) if made.agreement else None,
         "facts": facts(run),

@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from xaibatch.results.cube import Group, MetricInfo, ScoreCube, not_scored
 from xaibatch.results.ranks import Agreement
-from xaibatch.results.statistics import Summary, summarise
+from xaibatch.results.statistics import Method, Summary, summarise
 from xaibatch.results.statistics_paired import Comparison
 from xaibatch.results.statistics_repeats import NoiseShare
+from xaibatch.results.study import TURNED
 from xaibatch.results.summary import column_digits
 
 WORDS = {
@@ -25,6 +26,15 @@ WORDS = {
 }
 
 
+METHODS: Mapping[Method, str] = {
+    "studentised": "the farther ends of Student’s t and the studentised bootstrap",
+    "edgeworth": "the farther ends of Student’s t and its expansion for skewed scores",
+    "wilson": "Wilson’s interval of a share",
+    "bounded": "interval from the metric’s range, as nearly all scores are equal",
+}
+"""How an interval was made, for people."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
     """One cell: what is read, what it is sorted by (None sorts last), a class for its looks, and a longer text on
@@ -34,6 +44,8 @@ class Cell:
     key: float | str | None = None
     look: str = ""
     hint: str = ""
+    below: str = ""
+    """A second, smaller line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +93,17 @@ def _score_cell(summary: Summary, mark: str, digits: int) -> Cell:
     text = number(summary.mean, digits) + mark
     if summary.interval:
         text += f" [{number(summary.interval.low, digits)}, {number(summary.interval.high, digits)}]"
+    text += "°" if summary.alike else ""
     if summary.num_not_scored:
         text += f" · {summary.num_scored} of {summary.num_scored + summary.num_not_scored}"
     hint = (
-        f"median {number(summary.median, digits)}, standard deviation {number(summary.sd, digits)}, "
-        f"{summary.num_scored} images scored, {summary.num_not_scored} not"
-        + (f", {summary.interval.method} interval" if summary.interval else ", too few for an interval")
+        f"standard deviation {number(summary.sd, digits)}, {summary.num_scored} images scored, "
+        f"{summary.num_not_scored} not; "
+        + (METHODS[summary.interval.method] if summary.interval else "alike" if summary.alike else "too few")
+        + ("" if summary.interval else ": no interval")
     )
-    return Cell(text=text, key=summary.mean, look="floor" if mark else "", hint=hint)
+    median = f"median {number(summary.median, digits)}"
+    return Cell(text=text, key=summary.mean, look="floor" if mark else "", hint=hint, below=median)
 
 
 def missing_table(cube: ScoreCube, titles: Mapping[str, str]) -> TextTable:
@@ -157,13 +172,12 @@ def matrix(
     return TextTable(title=title, header=("row against column", *(titles[e] for e in explainers)), rows=tuple(rows))
 
 
-_TURNED = {"better": "worse", "worse": "better", "higher": "lower", "lower": "higher"}
 _SIGNS = {"better": "▲", "worse": "▼", "higher": "▲", "lower": "▼", "undecided": "·", "too few": "?"}
 
 
 def _matrix_cell(c: Comparison, turned: bool) -> Cell:
     digits = _difference_digits(c)
-    verdict = _TURNED.get(c.verdict, c.verdict) if turned else c.verdict
+    verdict = TURNED.get(c.verdict, c.verdict) if turned else c.verdict
     difference = -c.mean_difference if turned else c.mean_difference
     sign = "+" if difference > 0 else ""
     effect = number(-c.effect_size if turned else c.effect_size, 2)
@@ -314,7 +328,9 @@ def _difference(c: Comparison, digits: int) -> str:
     if not c.num_images:
         return "–"
     text = number(c.mean_difference, digits)
-    return text + (f" [{number(c.interval.low, digits)}, {number(c.interval.high, digits)}]" if c.interval else "")
+    if c.interval:
+        text += f" [{number(c.interval.low, digits)}, {number(c.interval.high, digits)}]"
+    return text + ("°" if c.alike else "")
 
 
 def _difference_digits(c: Comparison) -> int:

@@ -44,6 +44,7 @@ class Comparison:
     more_images:  how many more images (of as many per patient) would settle an undecided comparison with 80%
                   probability at the corrected level, if the difference is as observed; None where it is settled or
                   no difference was seen.
+    interval:     None for too few patients, and where nearly all differences are equal under a metric without limits.
     detectable:   the smallest difference that this number of images would have found with 80% probability.
     """
 
@@ -60,6 +61,13 @@ class Comparison:
     num_clusters: int
     num_tests: int
 
+    @property
+    def alike(self) -> bool:
+        """Nearly all differences are equal: the interval rests on the metric's range, or there is none."""
+        if self.interval is None:
+            return self.num_clusters >= MIN_CLUSTERS
+        return self.interval.method == "bounded"
+
 
 def compare(
     differences_IK: NDArray[np.float64],
@@ -67,6 +75,7 @@ def compare(
     signs_K: Sequence[int],
     *,
     seed: int,
+    bounds_K: Sequence[tuple[float, float]] | None = None,
     alpha: float = ALPHA,
     power: float = POWER,
     num_resamples: int = NUM_RESAMPLES,
@@ -74,12 +83,14 @@ def compare(
     """Judge each column of paired differences (NaN where one of the two is not scored); all columns are one family
     for Holm.
 
-    signs_K: +1 where higher is better, -1 where lower is, 0 where neither.
+    signs_K: +1 where higher is better, -1 where lower is, 0 where neither. bounds_K: the range of the metric's scores
+    (None: without limits); a difference lies within plus and minus its width.
     """
     means, errors, lows, highs, methods, num_clusters = mean_intervals(
         differences_IK,
         clusters_I,
         seed=seed,
+        bounds_K=[(low - high, high - low) for low, high in bounds_K] if bounds_K else None,
         hits_K=[False] * differences_IK.shape[1],
         confidence=1 - alpha,
         num_resamples=num_resamples,
@@ -95,7 +106,7 @@ def compare(
         column = differences_IK[np.isfinite(differences_IK[:, k]), k]
         method = methods[k]
         interval = Interval(low=lows[k], high=highs[k], method=method) if method else None
-        verdict = _verdict(float(means[k]), interval, float(corrected[k]), sign, alpha)
+        verdict = _verdict(float(means[k]), interval, float(corrected[k]), sign, alpha) if testable[k] else "too few"
         comparisons.append(
             Comparison(
                 mean_difference=float(means[k]),
@@ -157,11 +168,12 @@ def holm(p_values_K: NDArray[np.float64]) -> NDArray[np.float64]:
     >>> holm(np.array([0.01, np.nan, 0.04, 0.03])).round(3).tolist()
     [0.03, nan, 0.06, 0.06]
     """
+    from statsmodels.stats.multitest import multipletests  # slow to import
+
     corrected = np.full(len(p_values_K), np.nan)
-    tested = np.flatnonzero(np.isfinite(p_values_K))
-    order = tested[np.argsort(p_values_K[tested], kind="stable")]
-    stepped = np.maximum.accumulate(p_values_K[order] * np.arange(len(order), 0, -1))
-    corrected[order] = np.minimum(stepped, 1.0)
+    tested = np.isfinite(p_values_K)
+    if tested.any():
+        corrected[tested] = multipletests(p_values_K[tested], method="holm")[1]
     return corrected
 
 
@@ -173,16 +185,19 @@ def images_needed(effect: float, num_tests: int, alpha: float, power: float) -> 
     >>> round(images_needed(0.5, 1, 0.05, 0.8))  # Cohen's table: 34 pairs
     33
     """
-    z = float(ndtri(1 - alpha / (2 * num_tests)))
-    return ((z + float(ndtri(power))) / effect) ** 2 + z * z / 2
+    from statsmodels.stats.power import normal_sample_size_one_tail  # slow to import
+
+    level = alpha / (2 * num_tests)
+    z = float(ndtri(1 - level))
+    return float(normal_sample_size_one_tail(effect, power, level)) + z * z / 2
 
 
 def _verdict(mean: float, interval: Interval | None, p_holm: float, sign: int, alpha: float) -> Verdict:
     """Decided where both the corrected p-value and the interval say so: the first is exact for explainers that are
-    exchangeable, the second allows for skewed differences of explainers that are alike in the mean only."""
-    if interval is None:
-        return "too few"
-    if p_holm >= alpha or interval.low <= 0 <= interval.high:
+    exchangeable, the second allows for skewed differences of explainers that are alike in the mean only. Differences
+    that are nearly all equal, and not zero, so need an interval from the metric's range that excludes zero: sign flips
+    know nothing of a rare large difference to the other side."""
+    if p_holm >= alpha or interval is None or interval.low <= 0 <= interval.high:
         return "undecided"
     if sign == 0:
         return "higher" if mean > 0 else "lower"

@@ -24,6 +24,10 @@ FLOOR_MARKS: Mapping[str, str] = {"undecided": "†", "worse": "‡", "too few":
 tell."""
 
 
+TURNED: Mapping[str, str] = {"better": "worse", "worse": "better", "higher": "lower", "lower": "higher"}
+"""A verdict from the second explainer's point of view; the others are the same from both."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """Every statistic of a run that the report and the export show; keys are labels of `run.json`."""
@@ -40,7 +44,8 @@ class Study:
     """By group title."""
     marks: Mapping[str, Mapping[tuple[str, str], str]]
     """By group title."""
-    pairs: Mapping[tuple[str, str, str], Comparison]
+    pairs: Mapping[str, Mapping[tuple[str, str, str], Comparison]]
+    """By group title; (first, second, metric), each group one family for Holm."""
     rankings: tuple[Ranking, ...]
     agreement: Agreement | None
     noise: Mapping[tuple[str, str], NoiseShare]
@@ -56,7 +61,7 @@ def make_study(run: Run) -> Study:
     floor = floor_explainer(cube.explainers, run.record)
     groups = cube.groups()
     entries: Mapping[str, Mapping[str, Any]] = run.record.get("explainers", {})
-    against = {g.title: against_floor(cube, g, floor, seed=seed) if floor else {} for g in groups}
+    pairs = {g.title: pairwise(cube, g, seed=seed) for g in groups}
     ranked = rankings(cube, groups[0], seed=seed)
     return Study(
         cube=cube,
@@ -67,10 +72,8 @@ def make_study(run: Run) -> Study:
         seed=seed,
         synthetic=is_synthetic(run.record),
         summaries={g.title: summaries(cube, g, seed=seed) for g in groups},
-        marks={
-            title: {key: floor_mark(c) for key, c in found.items() if c.num_images} for title, found in against.items()
-        },
-        pairs=pairwise(cube, groups[0], seed=seed),
+        marks={title: floor_marks(found, floor) for title, found in pairs.items()},
+        pairs=pairs,
         rankings=ranked,
         agreement=agreement(ranked),
         noise=noise_shares(cube, seed=seed),
@@ -104,29 +107,6 @@ def pairwise(
     """(first, second, metric) -> paired comparison, for every pair of explainers in the cube's order; one family for
     Holm."""
     pairs = list(combinations(range(len(cube.explainers)), 2))
-    return _compared(cube, group, pairs, seed=seed, alpha=alpha)
-
-
-def against_floor(
-    cube: ScoreCube, group: Group, floor: str, *, seed: int, alpha: float = 0.05
-) -> dict[tuple[str, str], Comparison]:
-    """(explainer, metric) -> paired comparison of each other explainer with the random map; one family for Holm."""
-    place = cube.explainers.index(floor)
-    pairs = [(e, place) for e in range(len(cube.explainers)) if e != place]
-    return {
-        (first, metric): c for (first, _, metric), c in _compared(cube, group, pairs, seed=seed, alpha=alpha).items()
-    }
-
-
-def floor_mark(comparison: Comparison | None) -> str:
-    """† not distinguishable from the random map, ‡ worse than it, ? too few images to tell, nothing where it is
-    better."""
-    return FLOOR_MARKS.get(comparison.verdict, "") if comparison else ""
-
-
-def _compared(
-    cube: ScoreCube, group: Group, pairs: list[tuple[int, int]], *, seed: int, alpha: float
-) -> dict[tuple[str, str, str], Comparison]:
     keys = [(cube.explainers[a], cube.explainers[b], metric.label) for a, b in pairs for metric in cube.metrics]
     if not keys:
         return {}
@@ -134,8 +114,23 @@ def _compared(
     first, second = (np.array(side) for side in zip(*pairs, strict=True))
     differences_IK = _columns(means_EMI[first] - means_EMI[second], group)
     signs = [metric.sign for _ in pairs for metric in cube.metrics]
-    found = compare(differences_IK, cube.clusters_I[group.rows_I], signs, seed=seed, alpha=alpha)
+    bounds = [metric.bounds for _ in pairs for metric in cube.metrics]
+    found = compare(differences_IK, cube.clusters_I[group.rows_I], signs, seed=seed, bounds_K=bounds, alpha=alpha)
     return dict(zip(keys, found, strict=True))
+
+
+def floor_marks(pairs: Mapping[tuple[str, str, str], Comparison], floor: str | None) -> dict[tuple[str, str], str]:
+    """(explainer, metric) -> mark beside its score: † not distinguishable from the random map, ‡ worse than it, ? too
+    few images to tell, nothing where it is better or where no image is scored for both.
+
+    The verdicts are those of `pairwise`, so that table, marks and matrix cannot contradict each other.
+    """
+    marks = {}
+    for (first, second, metric), comparison in pairs.items():
+        if floor in (first, second) and comparison.num_images:
+            verdict = comparison.verdict if second == floor else TURNED.get(comparison.verdict, comparison.verdict)
+            marks[first if second == floor else second, metric] = FLOOR_MARKS.get(verdict, "")
+    return marks
 
 
 def _hits(cube: ScoreCube) -> list[bool]:

@@ -21,10 +21,21 @@ from xaibatch.results.statistics import MIN_CLUSTERS, Summary
 PLAIN_WIDTH: Final = 120
 """Columns of the table where the output is not a terminal."""
 
-_ASCII: Final = str.maketrans({"↑": "^", "↓": "v", "†": "*", "‡": "**", "–": "-", "×": "x", "·": "|", "…": "..."})
+_ASCII: Final = str.maketrans(
+    {"↑": "^", "↓": "v", "†": "*", "‡": "**", "–": "-", "×": "x", "·": "|", "…": "...", "°": "="}
+)
 
 
-def print_summary(run: Run, console: Console | None = None, *, report_path: str | None = None) -> None:
+ALIKE: Final = (
+    "nearly all scores are equal: the interval comes from the metric’s range and covers more than 95%; without a range "
+    "there is none"
+)
+"""What the sign ° beside a mean or an interval says."""
+
+
+def print_summary(
+    run: Run, console: Console | None = None, *, report_path: str | None = None, medians: bool = False
+) -> None:
     """Print the run's table, what could not be read of it, and below it where the report is.
 
     Where the console is no terminal there are no lines and no colour; make it wide enough (PLAIN_WIDTH).
@@ -32,7 +43,12 @@ def print_summary(run: Run, console: Console | None = None, *, report_path: str 
     console = console or Console()
     plain = not console.is_terminal
     table = summary_table(
-        run.scores.arrow(), run.record, width=console.width, plain=plain, encoding=console.encoding or "utf-8"
+        run.scores.arrow(),
+        run.record,
+        width=console.width,
+        plain=plain,
+        encoding=console.encoding or "utf-8",
+        medians=medians,
     )
     console.print(table, highlight=False)
     for path, problem in run.problems().items():
@@ -42,13 +58,20 @@ def print_summary(run: Run, console: Console | None = None, *, report_path: str 
 
 
 def summary_table(
-    scores: pa.Table, record: Record, *, width: int = PLAIN_WIDTH, plain: bool = False, encoding: str = "utf-8"
+    scores: pa.Table,
+    record: Record,
+    *,
+    width: int = PLAIN_WIDTH,
+    plain: bool = False,
+    encoding: str = "utf-8",
+    medians: bool = False,
 ) -> RenderableType:
     """The study's table as something that rich prints: mean [95% interval], scored and not scored, marks against the
     random map.
 
     scores: rows of `results.schema.SCORES` of one run; record: its `run.json`. Metrics that do not fit beside each
-    other in `width` columns follow below. `plain` draws no lines; an `encoding` other than UTF-8 gets ASCII signs.
+    other in `width` columns follow below. `plain` draws no lines; an `encoding` other than UTF-8 gets ASCII signs;
+    `medians` adds a line of medians below each explainer's means.
     Raises RunFolderError for rows of several runs or rows that are there twice.
     """
     signs = _ASCII if not encoding.lower().startswith("utf") else {}
@@ -64,7 +87,7 @@ def summary_table(
     titles = {label: _title(label, record, floor_label) for label in cube.explainers}
     blocks: list[RenderableType] = []
     for metrics in _blocks(cube, cells, titles, width):
-        blocks.append(_block(cube, metrics, groups, cells, titles, plain, signs))
+        blocks.append(_block(cube, metrics, groups, cells, titles, plain, signs, medians))
         if plain:
             blocks.append(Text(""))
     caption = Text("\n".join(_caption(cube, record, floor_label, cells)).translate(signs), style="dim")
@@ -96,10 +119,8 @@ Cells = Mapping[tuple[str, str], tuple[Summary, str]]
 
 def _cells(cube: ScoreCube, group: ImageGroup, floor_label: str | None, seed: int) -> Cells:
     found = study.summaries(cube, group, seed=seed)
-    marks = study.against_floor(cube, group, floor_label, seed=seed) if floor_label else {}
-    return {
-        key: (summary, study.floor_mark(marks.get(key)) if summary.num_scored else "") for key, summary in found.items()
-    }
+    marks = study.floor_marks(study.pairwise(cube, group, seed=seed), floor_label) if floor_label else {}
+    return {key: (summary, marks.get(key, "")) for key, summary in found.items()}
 
 
 def _cell_text(summary: Summary, mark: str, digits: int, uniform: bool) -> str:
@@ -108,7 +129,14 @@ def _cell_text(summary: Summary, mark: str, digits: int, uniform: bool) -> str:
     text = f"{summary.mean:z,.{digits}f}{mark}"
     if summary.interval:
         text += f" [{summary.interval.low:z,.{digits}f}, {summary.interval.high:z,.{digits}f}]"
+    text += "°" if summary.alike else ""
     return text if uniform else f"{text} ({summary.num_scored})"
+
+
+def _median_text(cube: ScoreCube, metric: MetricInfo, cells: Cells, explainer: str) -> str:
+    digits = column_digits([cells[e, metric.label][0] for e in cube.explainers])
+    summary = cells[explainer, metric.label][0]
+    return f"{summary.median:z,.{digits}f}" if summary.num_scored else "–"
 
 
 def _scored(cells: Cells, explainers: Sequence[str], metric: str) -> tuple[bool, str]:
@@ -157,6 +185,7 @@ def _block(
     titles: Mapping[str, str],
     plain: bool,
     signs: dict[int, str],
+    medians: bool,
 ) -> Table:
     table = Table(
         box=None if plain else box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="" if plain else "bold"
@@ -173,7 +202,11 @@ def _block(
         columns = [_column(cube, metric, cells[group.title]) for metric in metrics]
         for e, explainer in enumerate(cube.explainers):
             row = [column[e].translate(signs) for column in columns]
-            table.add_row(Text("  " + titles[explainer]), *map(Text, row), end_section=e == len(cube.explainers) - 1)
+            last = e == len(cube.explainers) - 1
+            table.add_row(Text("  " + titles[explainer]), *map(Text, row), end_section=last and not medians)
+            if medians:
+                row = [_median_text(cube, metric, cells[group.title], explainer).translate(signs) for metric in metrics]
+                table.add_row(Text("    median", style="dim"), *map(Text, row), end_section=last)
     return table
 
 
@@ -191,12 +224,15 @@ def _caption(cube: ScoreCube, record: Record, floor_label: str | None, cells: Ma
         yield "no random map in this run: there is no floor to compare with"
     else:
         if "†" in marks:
-            yield "† not distinguishable from the random map (paired, Holm-corrected, 5%)"
+            yield "† not distinguishable from the random map (paired, Holm-corrected over all pairs, 5%)"
         if "‡" in marks:
             yield "‡ worse than the random map"
         if "?" in marks:
             yield "? too few images to compare with the random map"
-    if any(summary.num_scored and not summary.interval for group in cells.values() for summary, _ in group.values()):
+    shown = [summary for group in cells.values() for summary, _ in group.values() if summary.num_scored]
+    if any(summary.alike for summary in shown):
+        yield f"° {ALIKE}"
+    if any(not summary.interval and not summary.alike for summary in shown):
         yield f"no interval below {MIN_CLUSTERS} {'patients' if cube.num_patients else 'images'}"
     missing = _reasons(cube)
     if missing:
