@@ -1,8 +1,12 @@
 """Several machines that share no folder: images, checkpoint and results in an object store, keys from the
 environment."""
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +87,71 @@ def test_two_runs_at_once_on_a_store(store: Path) -> None:
     with RunLock(folder), pytest.raises(RunFolderError, match=rf"in use by another run: process {os.getpid()} on "):
         RunLock(folder).__enter__()
     assert not folder.exists(LOCK)
+
+
+CONTEND = """
+import sys, time
+from pathlib import Path
+from xaibatch.errors import RunFolderError
+from xaibatch.results.lock import RunLock
+from xaibatch.results.parts import RunFolder
+from xaibatch.results.retrying import Retries
+
+lock = RunLock(RunFolder("s3://chest/runs/contended", retries=Retries(attempts=20, first_pause_s=0.01)), settle_s=0)
+lock._file.read()  # the client is connected
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    lock.__enter__()
+    print("won", flush=True)
+except RunFolderError as error:
+    print(error, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_of_many_who_find_a_stale_lock_on_s3_one_wins(store: Path, failing: bool) -> None:
+    """Six processes at once, and no waiting: the conditional PUT alone decides, also where answers are lost. The
+    others are told who won."""
+    folder = RunFolder("s3://chest/runs/contended")
+    old = {"token": "t", "host": "elsewhere/1/2", "pid": 1, "process_started": "9", "since": 0.0, "heartbeat": 0.0}
+    folder.write_json(old, LOCK)
+    contenders = [
+        subprocess.Popen([sys.executable, "-c", CONTEND], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    try:
+        answers = []
+        for process in contenders:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        if failing:
+            (store / "fail").touch()
+        for process in contenders:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        answers = [process.stdout.readline() for process in contenders if process.stdout is not None]
+    finally:
+        (store / "fail").unlink(missing_ok=True)
+        for process in contenders:
+            process.kill()
+            process.communicate()
+    winner = contenders[answers.index("won\n")]
+    assert answers.count("won\n") == 1
+    assert all(f"process {winner.pid} on " in answer for answer in answers if answer != "won\n"), answers
+    folder.remove(LOCK)
+
+
+def test_a_takeover_between_two_heartbeats_is_noticed(store: Path) -> None:
+    """The heartbeat too is conditional: it does not write over the lock of whoever took the folder over meanwhile."""
+    folder = RunFolder("s3://chest/runs/beaten")
+    with RunLock(folder, beat_s=600, settle_s=0) as lock:
+        read = lock._file.read()
+        other = {"token": "t", "host": "elsewhere/1/2", "pid": 1, "process_started": "9", "since": 1.0}
+        folder.write_json({**other, "heartbeat": time.time()}, LOCK)
+        assert read is not None and not lock._file.replace(read.content, read)
+    assert json.loads(folder.read_bytes(LOCK))["token"] == "t"
 
 
 def test_a_local_folder_that_another_node_does_not_see(

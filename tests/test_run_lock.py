@@ -1,18 +1,22 @@
 """The run folder's lock: one holder, a refusal that names it, heartbeats, and a takeover that only one wins."""
 
+import errno
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
-from xaibatch.errors import RunFolderError
+from xaibatch.errors import EngineError, RunFolderError
 from xaibatch.results.lock import LOCK, RunLock
 from xaibatch.results.parts import RunFolder
 
@@ -146,6 +150,87 @@ def contend(folder: RunFolder, start: Any, done: Any, results: Any) -> None:
     if won:
         lock.__exit__(None, None, None)
     results.put(won)
+
+
+def test_of_many_on_a_store_without_conditions_one_wins() -> None:
+    """fsspec's memory file system cannot replace a file conditionally: of twelve threads that find a stale lock, or
+    none, at the same moment, one enters."""
+    folder = RunFolder("memory://locks/crowd")
+    for stale in (True, False, True):
+        if stale:
+            write_foreign(folder, heartbeat_age_s=1000)
+        assert sum(crowd(folder, 12)) == 1
+        assert not folder.exists(LOCK)
+
+
+def test_the_earlier_of_two_winners_finds_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B reads the stale lock, is held up for longer than A waits, and then writes: both are in, until A's next
+    heartbeat."""
+    folder = RunFolder("memory://locks/two")
+    write_foreign(folder, heartbeat_age_s=1000)
+    first, second = RunLock(folder, beat_s=0.05, settle_s=0.05), RunLock(folder, settle_s=0.05)
+    content = second._content
+
+    def held_up() -> bytes:
+        monkeypatch.undo()
+        first.__enter__()
+        return content()
+
+    monkeypatch.setattr(second, "_content", held_up)
+    with second:
+        deadline = time.monotonic() + 60
+        while not first.lost:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(EngineError, match="another run took over"):
+            first.check()
+        first.__exit__(None, None, None)
+        second.check()
+        assert folder.exists(LOCK) and not second.lost
+    assert not folder.exists(LOCK)
+
+
+def test_a_store_client_that_drops_the_mode_overwrites_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Early releases of s3fs take `mode` for one more keyword of S3 and drop it: creation would replace what is
+    there."""
+    filesystem = fsspec.filesystem("memory")
+    pipe = type(filesystem).pipe_file
+    monkeypatch.setattr(type(filesystem), "pipe_file", lambda self, path, value, **_: pipe(self, path, value))
+    folder = RunFolder("memory://locks/old")
+    assert folder.create_file(b"1", "file") and not folder.create_file(b"2", "file")
+    assert folder.read_bytes("file") == b"1"
+    with RunLock(folder, settle_s=0.01), pytest.raises(RunFolderError, match="in use by another run"):
+        RunLock(folder, settle_s=0.01).__enter__()
+
+
+def crowd(folder: RunFolder, num: int) -> list[bool]:
+    """Let that many threads enter a lock at the same moment; all that did leave it after the last has tried."""
+    start, done = threading.Barrier(num), threading.Barrier(num)
+
+    def contend_once(_: int) -> bool:
+        lock = RunLock(folder, settle_s=0.3)
+        start.wait()
+        try:
+            lock.__enter__()
+            won = True
+        except RunFolderError:
+            won = False
+        done.wait()
+        if won:
+            lock.__exit__(None, None, None)
+        return won
+
+    with ThreadPoolExecutor(num) as pool:
+        return list(pool.map(contend_once, range(num)))
+
+
+def test_a_full_disk_is_said(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunFolderError, match=r"cannot write .*\.lock.*No space left"):
+        RunLock(folder).__enter__()
 
 
 def test_object_store() -> None:
