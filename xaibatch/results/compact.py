@@ -137,8 +137,8 @@ def _compact_table(folder: RunFolder, table: str) -> Compacted | None:
         num_bytes = merged.stat().st_size
         target = folder.path(table, f"{PREFIX}{digest}.parquet")
         if folder.is_local:
-            with merged.open("rb") as file:
-                os.fsync(file.fileno())
+            with merged.open("rb") as written:
+                os.fsync(written.fileno())
             merged.replace(target)
         else:
             filesystem.put_file(str(merged), target)
