@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
+from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput, Granularity
 from xaibatch.models import backward as step
 from xaibatch.models.trace import Part
 from xaibatch.models.vit import Affine
@@ -120,7 +120,7 @@ class AttnLRP(Explainer):
     title = "AttnLRP"
     paper = "Achtibat et al.: AttnLRP: Attention-Aware Layer-Wise Relevance Propagation for Transformers, ICML 2024"
     signed = True
-    granularity = "token"
+    granularity: Granularity = "token"
     needs = "vit"
     Options = AttnLRPOptions
     options: AttnLRPOptions

@@ -25,6 +25,7 @@ from xaibatch.errors import ConfigError, ModelError, UnknownNameError, UsageErro
 from xaibatch.explainers.base import Attribution, Explainer, ExplainInput
 from xaibatch.explainers.hooked_model import ready_for_hooks
 from xaibatch.explainers.superpixels import SuperpixelOptions, superpixels
+from xaibatch.models.token_grid import token_grid_of
 from xaibatch.perturb.expand import expand, resolve_baseline
 from xaibatch.perturb.plans import Baseline, GaussianNoisePlan
 from xaibatch.perturb.runner import is_out_of_memory
@@ -116,8 +117,20 @@ class CaptumExplainer(Explainer):
         for key in self.options.arguments:
             if key not in known:
                 raise ConfigError(str(UnknownNameError(f"argument of {self.name}", key, known)))
-        if ("layer" in inspect.signature(self.method).parameters) != (self.options.layer is not None):
-            raise ConfigError(f"{self.name}: the option layer names a module for Layer* classes, and only for them")
+        required = [key for key in known if self._parameters()[key].default is inspect.Parameter.empty]
+        if missing := [key for key in required if key not in self.options.arguments]:
+            raise ConfigError(
+                f"{self.name} needs {', '.join(missing)} among its `arguments`, on the command line --set "
+                f"{self.name}.arguments.{missing[0]}=... (see captum.attr.{self.method.__name__}.attribute)"
+            )
+        takes_layer = "layer" in inspect.signature(self.method).parameters
+        if takes_layer and self.options.layer is None:
+            raise ConfigError(
+                f"{self.name} needs the option `layer`, a module's name: on the command line --set "
+                f"{self.name}.layer=blocks.11.norm1 for a ViT of twelve blocks, layer4 for a ResNet"
+            )
+        if self.options.layer is not None and not takes_layer:
+            raise ConfigError(f"{self.name} looks at the input, not at a layer: leave out the option `layer`")
         self.random = type(self).random or self.options.noise_samples > 0
         is_positive = self.method.__name__ == "Saliency" and self.options.arguments.get("abs", True)
         is_rectified = bool(self.options.arguments.get("relu_attributions", False))
@@ -131,6 +144,12 @@ class CaptumExplainer(Explainer):
         while True:
             try:
                 return self._explain(inputs, size)
+            except (AssertionError, TypeError, ValueError) as error:
+                if not self.options.arguments:
+                    raise
+                raise UsageError(
+                    f"{self.name} refuses its arguments {dict(self.options.arguments)}: {type(error).__name__}: {error}"
+                ) from error
             except RuntimeError as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
@@ -151,7 +170,7 @@ class CaptumExplainer(Explainer):
                 targets_b, key = inputs.targets_B[start : start + step], inputs.keys[start]
                 with _seeded(key, images_bCHW.device) if type(self).random else nullcontext():
                     attribution = self._attribute(inputs.model, images_bCHW, targets_b, mask, key, size)
-                maps.append(self._maps(attribution, inputs.model))
+                maps.append(self._maps(attribution, inputs))
         return Attribution(maps_Bhw=torch.cat(maps).to(inputs.images_BCHW.dtype))
 
     def _attribute(
@@ -193,17 +212,17 @@ class CaptumExplainer(Explainer):
             )
         return attribution
 
-    def _maps(self, attribution: Any, model: nn.Module) -> Tensor:
+    def _maps(self, attribution: Any, inputs: ExplainInput) -> Tensor:
         """One number per pixel or token: (b,C,h,w) and (b,N,D) become (b,h,w)."""
         values = attribution[0] if isinstance(attribution, tuple) else attribution
         values = values.detach()
         values = values.abs() if self.options.channels == "abs_sum" else values
         if values.ndim == 4:
             return values.sum(1)
-        backbone: Any = getattr(model, "backbone", model)
-        grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+        backbone: Any = getattr(inputs.model, "backbone", inputs.model)
+        grid = token_grid_of(backbone, (inputs.images_BCHW.shape[2], inputs.images_BCHW.shape[3])).shape
         prefix = int(getattr(backbone, "num_prefix_tokens", 0))
-        if values.ndim == 3 and grid is not None and values.shape[1] == prefix + grid[0] * grid[1]:
+        if values.ndim == 3 and values.shape[1] == prefix + grid[0] * grid[1]:
             return values[:, prefix:].sum(2).reshape(len(values), *grid)
         raise ModelError(
             f"{self.name}: layer {self.options.layer!r} gives an attribution of shape {tuple(values.shape)}; expected "

@@ -27,7 +27,7 @@ def probabilities(logits_SK: NDArray[np.floating]) -> NDArray[np.float64]:
         logits = np.concatenate([logits, np.zeros_like(logits)], 1)  # the sigmoid as a softmax against zero
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     shares_SK = (powers / powers.sum(-1, keepdims=True))[:, : np.shape(logits_SK)[1]]
-    return _without_rounding(shares_SK, shares_SK.max(0))
+    return np.asarray(_without_rounding(shares_SK, shares_SK.max(0)), np.float64)
 
 
 def explained_output(logits_SK: NDArray[np.floating], target: int, output: Output) -> NDArray[np.float64]:

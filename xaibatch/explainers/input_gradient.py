@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
+from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput, Granularity
 from xaibatch.models.forward import to_patches
 from xaibatch.models.trace import Part
 from xaibatch.options import Options
@@ -32,7 +32,7 @@ class InputGradient(Explainer):
     title = "Input × gradient"
     paper = "Shrikumar, Greenside, Shcherbina, Kundaje: Not Just a Black Box, 2016"
     signed = True
-    granularity = "token"
+    granularity: Granularity = "token"
     needs = "vit"
     Options = InputGradientOptions
     options: InputGradientOptions

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from xaibatch.errors import ModelError
-from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
+from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput, Granularity
 from xaibatch.explainers.relevance import (
     bounded_input_relevance,
     copy_relevance,
@@ -73,7 +73,7 @@ class TransformerLRP(Explainer):
     title = "TransformerLRP"
     paper = "Chefer, Gur, Wolf: Transformer Interpretability Beyond Attention Visualization, CVPR 2021"
     signed = False
-    granularity = "token"
+    granularity: Granularity = "token"
     needs = "vit"
     Options = TransformerLRPOptions
     options: TransformerLRPOptions

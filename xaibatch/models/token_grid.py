@@ -21,7 +21,8 @@ def token_grid_of(model: nn.Module, image_size: tuple[int, int]) -> TokenGrid:
     backbone: Any = getattr(model, "backbone", model)
     patch = _patch(backbone)
     if patch is None:
-        return TokenGrid(*(-(-side // SQUARE) for side in image_size), SQUARE, SQUARE)
+        rows, columns = (-(-side // SQUARE) for side in image_size)
+        return TokenGrid(rows, columns, SQUARE, SQUARE)
     pads = bool(getattr(getattr(backbone, "patch_embed", None), "dynamic_img_pad", False))
     rows, columns = (
         max(1, -(-side // step) if pads else side // step) for side, step in zip(image_size, patch, strict=True)
@@ -31,7 +32,7 @@ def token_grid_of(model: nn.Module, image_size: tuple[int, int]) -> TokenGrid:
 
 def _patch(backbone: Any) -> tuple[int, int] | None:
     """Height and width in pixels of the model's tokens; None where it has not one size of them."""
-    embedding = getattr(backbone, "patch_embed", None)
+    embedding: Any = getattr(backbone, "patch_embed", None)
     reductions = {info["reduction"] for info in getattr(backbone, "feature_info", None) or ()}
     if len(reductions) > 1 or (embedding is None and not reductions):
         return None
