@@ -50,8 +50,8 @@ class Job:
     @cached_property
     def tokens(self) -> TokenGrid:
         """The grid that maps are stored on."""
-        side = self.patch_size
-        return self.grid or TokenGrid(*(max(1, pixels // side) for pixels in self.preprocessing.image_size), side, side)
+        rows, columns = (max(1, pixels // self.patch_size) for pixels in self.preprocessing.image_size)
+        return self.grid or TokenGrid(rows, columns, self.patch_size, self.patch_size)
 
     @cached_property
     def map_options(self) -> PlacedMapOptions:
