@@ -111,6 +111,9 @@ class ShortcutOptions(Options):
     `marker` draws a box with a P in the lower corner (its mask is written as `mask_shortcut`); `exposure` brightens the
     film. In train and val an image of `label` carries the cue with probability `strength`, any other with 1 - strength;
     in test every image carries it with probability one half.
+
+    A map gives a marker away by its relevance there: any localisation metric with `mask: shortcut`. An exposure lies in
+    no place and has no mask; it shows in the accuracy, which falls from val to test.
     """
 
     kind: Literal["none", "marker", "exposure"] = "none"
