@@ -1,6 +1,7 @@
 """Captum, zennit and users' own functions as explainers: golden numbers, the packages' own runs, and what is
 refused."""
 
+import doctest
 import sys
 import textwrap
 from types import SimpleNamespace
@@ -18,13 +19,18 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+import xaibatch
+from tests.slow_vit import images_for, make_vit
+from tests.toy import Watch, toy_config, toy_images
 from xaibatch.errors import ConfigError, ModelError, UnknownNameError, UsageError
-from xaibatch.explainers import resolve
+from xaibatch.explainers import plugin, resolve
 from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
 from xaibatch.explainers.captum_adapter import REFUSED, CaptumExplainer, captum_explainer
 from xaibatch.explainers.resolve import known_explainers, resolve_explainer
 from xaibatch.explainers.zennit_adapter import TimmResNetCanonizer
 from xaibatch.perturb.plans import GaussianNoisePlan
+from xaibatch.pipeline.local import run_local
+from xaibatch.pipeline.run import evaluate
 from xaibatch.seeding import DrawKey
 
 
@@ -184,6 +190,42 @@ def test_a_function_with_keys_is_random_and_open_options_pass(own_module):
     again = explainer.explain(make_inputs(nn.Identity(), images, [0, 0], ids=["b", "a"])).maps_Bhw
     assert torch.equal(first, again.flip(0))
     assert not torch.equal(first[0], first[1])
+
+
+@pytest.fixture
+def documented_module(tmp_path, monkeypatch):
+    """The ten lines that xaibatch.explainers.plugin shows, as a user would save them."""
+    shown = doctest.DocTestParser().get_examples(plugin.__doc__)
+    function, declaration = (example.source for example in shown[:2])
+    (tmp_path / "saliency_of_ones_own.py").write_text(f"import torch\n\n\n{function}\n\n{declaration}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "saliency_of_ones_own", raising=False)
+    return "saliency_of_ones_own:mean_gradient"
+
+
+def test_the_documented_example_explains_a_model(documented_module):
+    model = make_vit("plain")
+    images, targets = images_for(model, count=2)
+    maps = xaibatch.explain(model, images, documented_module, targets, resolution="native", power=2)
+    leaf = images.clone().requires_grad_()
+    for row in range(2):
+        (gradient,) = torch.autograd.grad(model(leaf)[row, targets[row]], leaf)
+        torch.testing.assert_close(maps[row], gradient[row].abs().mean(0) ** 2, rtol=1e-9, atol=0)
+    assert xaibatch.explain(model, images, documented_module, targets).shape == (2, 3, 5)
+
+
+def test_the_documented_example_is_scored_in_a_run(documented_module, tmp_path):
+    config = toy_config(
+        toy_images(tmp_path / "data", 1), tmp_path / "run", explainers={documented_module: {"power": 2.0}}
+    )
+    outcome = evaluate(config, run_local, Watch())
+    assert outcome.ok
+    scores = outcome.folder.read("scores").to_pandas()
+    assert (scores.groupby("metric", observed=True).size() == 3).all()
+    assert set(scores.explainer) == {documented_module}
+    assert (scores.status == "ok").all()
+    facts = outcome.folder.read_json("run.json")["explainers"][documented_module]
+    assert (facts["signed"], facts["granularity"], facts["options"]) == (False, "pixel", {"power": 2.0})
 
 
 def test_a_function_of_the_wrong_shape_is_refused(own_module):
