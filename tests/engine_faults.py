@@ -2,8 +2,8 @@
 workers.
 
 A fault is on while a file of its name lies in the folder that the environment variable XAIBATCH_TEST_FAULTS names.
-While `markers` is on, a worker in the middle of a step shows a file `<step>-<pid>`, so that a test can kill it just
-there.
+While `markers` is on, a worker in the middle of a step shows a file `<step>-<node>-<driver's pid>-<pid>`, so that a
+test can kill it, its node or its driver just there.
 """
 
 import contextlib
@@ -12,11 +12,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
+from ray._private.state import state
 from torch import Tensor
 
 from xaibatch.errors import NotScoredError
@@ -36,6 +39,21 @@ def fault(name: str) -> Path | None:
     return path if path is not None and path.exists() else None
 
 
+@cache
+def place() -> tuple[str, int]:
+    """The node that this process is on and the process id of the driver that it works for; ("here", 0) without Ray."""
+    if not ray.is_initialized() or not sys.argv[0].endswith("default_worker.py"):
+        return "here", 0
+    context = ray.get_runtime_context()
+    drivers = {job["JobID"]: job["DriverPid"] for job in state.job_table()}
+    return context.get_node_id(), drivers[context.get_job_id()]
+
+
+def blind_paths(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Paths that this node cannot see: all, where the fault `blind` names it."""
+    return paths if (switch := fault("blind")) and switch.read_text() == place()[0] else ()
+
+
 @contextlib.contextmanager
 def marked(step: str) -> Iterator[None]:
     """Show that this process is in a step, and take some time over it."""
@@ -43,7 +61,8 @@ def marked(step: str) -> Iterator[None]:
     if switch is None:
         yield
         return
-    marker = switch.parent / f"{step}-{os.getpid()}"
+    node_id, driver = place()
+    marker = switch.parent / f"{step}-{node_id}-{driver}-{os.getpid()}"
     marker.touch()
     time.sleep(STEP_S)
     yield
@@ -67,8 +86,11 @@ if sys.argv[0].endswith("default_worker.py"):
 
 def brightness(model: Any, images_BCHW: Tensor, targets_B: Tensor, keys: tuple[DrawKey, ...] = ()) -> Tensor:
     """A map that is the image itself. Ends its process on the images named in the fault `crash`, runs out of memory on
-    more than two images while `out_of_memory` is on, and refuses the images named in `refuse`."""
+    more than two images while `out_of_memory` is on, finds the device in error on the node named in `sick`, and refuses
+    the images named in `refuse`."""
     with marked("replica"):
+        if (switch := fault("sick")) and switch.read_text() == place()[0]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered (injected)")
         if (switch := fault("crash")) and {key.image_id for key in keys} & set(switch.read_text().split()):
             with (switch.parent / "crashes").open("a") as crashes:
                 crashes.write("x")

@@ -3,21 +3,24 @@ starve."""
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
 from tests.engine_cluster import assert_same_rows
+from tests.engine_faults import fault, place
 from tests.toy import Watch, toy_config
 from xaibatch.cluster.connect import connected
 from xaibatch.cluster.driver import run_on_ray
 from xaibatch.cluster.pool import Place, ReplicaPool, places
 from xaibatch.cluster.replica import Replica
 from xaibatch.config import EngineConfig
-from xaibatch.errors import UsageError
+from xaibatch.errors import EngineError, UsageError
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.local import run_local
 from xaibatch.pipeline.record import job_of
@@ -66,7 +69,8 @@ def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def job(plain: RunFolder, images: Path) -> Job:
-    return job_of(plain.read_json("run.json"), toy_config(images, Path(plain.url), **SETTINGS), plain)
+    config = toy_config(images, Path(plain.url), **SETTINGS, engine__device="auto")
+    return job_of(plain.read_json("run.json"), config, plain)
 
 
 class Bare(Replica):
@@ -74,6 +78,24 @@ class Bare(Replica):
 
     def load(self) -> tuple[str, tuple[str, ...]]:
         return "none", ()
+
+
+class OnCpu(Replica):
+    """A replica whose GPU is pretended."""
+
+    def __init__(self, job: Job, *, device: str, threads: int) -> None:
+        super().__init__(job, device="cpu", threads=threads)
+
+
+class Refusing(Bare):
+    """Does not start on the node that the fault `refuse` names; hangs on the one that `hang` names."""
+
+    def load(self) -> tuple[str, tuple[str, ...]]:
+        if (switch := fault("refuse")) and switch.read_text() == place()[0]:
+            raise ValueError("not here")
+        if (switch := fault("hang")) and switch.read_text() == place()[0]:
+            time.sleep(600)
+        return super().load()
 
 
 def wait_for(pool: ReplicaPool, num: int) -> None:
@@ -148,12 +170,65 @@ def test_nodes_come_and_go_during_a_run(
 
     watch = Disturbing()
     try:
-        outcome = evaluate(toy_config(images, tmp_path / "run", **SETTINGS), run_on_ray, watch)
+        outcome = evaluate(
+            toy_config(images, tmp_path / "run", **SETTINGS, engine__device="auto"),
+            partial(run_on_ray, actor=OnCpu),
+            watch,
+        )
     finally:
-        for one in added:
+        for one in added if lost else [first, *added]:
             cluster.remove_node(one)
     assert outcome.ok and not watch.failures
     assert_same_rows(outcome.folder, plain)
+
+
+def test_a_gpu_without_cuda_is_refused(cluster: Cluster, job: Job) -> None:
+    """A replica that counts on a GPU does not compute on the CPU in silence."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    node = cluster.add_node(num_cpus=0, num_gpus=1)
+    pool = ReplicaPool(job=job)
+    try:
+        with pytest.raises(EngineError, match=r"could be started: .*PyTorch finds no CUDA.*engine\.device=cpu"):
+            wait_for(pool, 1)
+    finally:
+        pool.close()
+        cluster.remove_node(node)
+
+
+@pytest.mark.parametrize("kind", ["refuse", "hang"])
+def test_a_place_where_no_replica_starts_rests(
+    cluster: Cluster,
+    faults: Path,
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:
+    """After some attempts it is said so, the other place goes on, and later it is tried again. A model that is not
+    loaded in time counts as one that cannot be."""
+    monkeypatch.setattr("xaibatch.cluster.pool.START_ATTEMPTS", 1)
+    monkeypatch.setattr("xaibatch.cluster.pool.START_LIMIT_S", 5.0)
+    monkeypatch.setattr("xaibatch.cluster.pool.REST_S", 1.0)
+    node = cluster.add_node(num_cpus=0, num_gpus=1)
+    other = cluster.add_node(num_cpus=0, num_gpus=1)
+    (faults / kind).write_text(node.node_id)
+    pool = ReplicaPool(job=job, actor=Refusing)
+    try:
+        deadline = time.monotonic() + 120
+        while "the place is tried again" not in caplog.text:
+            assert time.monotonic() < deadline, pool.slots
+            pool.refresh()
+            time.sleep(0.1)
+        why = "ValueError: not here" if kind == "refuse" else "the model was not loaded after"
+        assert f"no model replica starts: {why}" in caplog.text and f"node {node.node_id[:8]}" in caplog.text
+        (faults / kind).unlink()
+        wait_for(pool, 2)
+        assert {slot.node_id for slot in pool.ready} == {node.node_id, other.node_id}
+    finally:
+        pool.close()
+        cluster.remove_node(node)
+        cluster.remove_node(other)
 
 
 def test_addresses_that_cannot_be_joined_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

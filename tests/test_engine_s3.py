@@ -154,14 +154,12 @@ def test_a_takeover_between_two_heartbeats_is_noticed(store: Path) -> None:
     assert json.loads(folder.read_bytes(LOCK))["token"] == "t"
 
 
-def test_a_local_folder_that_another_node_does_not_see(
-    cluster: Cluster, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_folder_that_another_node_does_not_see(cluster: Cluster, images: Path, tmp_path: Path) -> None:
     """On several machines a path that only the driver sees is found out before images turn up as missing."""
     config = toy_config(images, tmp_path / "run", **SETTINGS)
     plain = evaluate(config, run_local, Watch())
     job = replace(job_of(plain.record, config, plain.folder), folder=plain.folder)
-    monkeypatch.setattr("xaibatch.cluster.nodes.local_paths", lambda job: ("/only/here",))
+    job = replace(job, paths=("/only/here",))
     node = cluster.add_node(num_cpus=1)
     work: list[ShardWork] = []
     try:

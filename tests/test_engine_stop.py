@@ -7,18 +7,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
 from tests.engine_chaos import EXPLAINERS, METRICS, write_config
 from tests.engine_cluster import ROOT, assert_same_rows
 from tests.toy import Watch, toy_config
 from xaibatch.cluster.driver import run_on_ray
-from xaibatch.errors import StoppedError
+from xaibatch.config import EngineConfig
+from xaibatch.errors import EngineError, StoppedError
+from xaibatch.perturb.runner import PlanRunner
+from xaibatch.pipeline.device import device_here
+from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.local import run_local
-from xaibatch.pipeline.run import evaluate
+from xaibatch.pipeline.run import Outcome, evaluate
+from xaibatch.pipeline.session import Session
 from xaibatch.pipeline.stopping import StopFlag
 from xaibatch.pipeline.work import CellReport
 from xaibatch.results.lock import LOCK
@@ -62,7 +69,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_plain_engine_stops_after_the_shard_at_hand(images: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_the_plain_engine_stops_after_the_cell_at_hand(images: Path, tmp_path: Path, number: signal.Signals) -> None:
     class Interrupting(Watch):
         def done(self, report: CellReport) -> None:
             super().done(report)
@@ -73,8 +80,65 @@ def test_the_plain_engine_stops_after_the_shard_at_hand(images: Path, tmp_path: 
     with pytest.raises(StoppedError, match=f"stopped by {number.name}") as stopped:
         evaluate(config, run_local, Interrupting())
     assert stopped.value.exit_code == 128 + number
-    assert len(parts(tmp_path)) == 2
-    assert evaluate(config, run_local, Watch()).num_cells_run == 4
+    assert len(parts(tmp_path)) == 1
+    assert evaluate(config, run_local, Watch()).num_cells_run == 5
+
+
+def test_the_plain_engine_stops_after_the_batch_at_hand(images: Path, tmp_path: Path) -> None:
+    """In the middle of a sampling explainer's copies, which is no error of the images; and a metric of many copies."""
+    signalled: list[int] = []
+
+    def run(**settings: Any) -> tuple[int, Outcome]:
+        """Batches until it stopped, where the signal comes with the third one, and the outcome of the next call."""
+        batches = 0
+
+        def counted(runner: PlanRunner, *arguments: Any) -> Any:
+            nonlocal batches
+            batches += 1
+            if batches == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return attempt(runner, *arguments)
+
+        attempt = PlanRunner._attempt
+        config = toy_config(images, tmp_path / str(len(signalled)), **settings)
+        signalled.append(signal.SIGTERM)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PlanRunner, "_attempt", counted)
+            with pytest.raises(StoppedError):
+                evaluate(config, run_local, Watch())
+        return batches, evaluate(config, run_local, Watch())
+
+    lime = {"num_samples": 64, "segmentation": "grid"}
+    for num_left, settings in (
+        (6, {"explainers": {"lime": lime}, "metrics": {"effective_complexity": {}}}),
+        (5, {"explainers": {"random": {}}, "metrics": {"faithfulness_correlation": {"num_runs": 64}}}),
+    ):
+        batches, again = run(**settings)
+        assert batches == 3
+        assert again.ok and again.num_image_failures == 0 and again.num_cells_run == num_left
+
+
+def test_the_plain_engine_computes_where_and_how_it_is_told(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(images, tmp_path / "run", engine__device="cuda", engine__threads=3)
+    seen: list[tuple[str, int]] = []
+
+    class Seeing(Session):
+        def __init__(self, job: Job, *, device: str) -> None:
+            seen.append((device, torch.get_num_threads()))
+            super().__init__(job, device="cpu")
+
+    monkeypatch.setattr("xaibatch.pipeline.local.Session", Seeing)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match=r"engine\.device is 'cuda' but PyTorch finds no CUDA"):
+        evaluate(config, run_local, Watch())
+    assert device_here(EngineConfig()) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert evaluate(config, run_local, Watch()).ok
+    assert seen == [("cuda", 3)] and torch.get_num_threads() == before
+    assert device_here(EngineConfig()) == "cuda" and device_here(EngineConfig(device="cpu")) == "cpu"
 
 
 def test_a_second_signal_acts_as_it_did_before() -> None:

@@ -69,6 +69,7 @@ def toy_config(data: Path, output: Path, **settings: Any) -> RunConfig:
         "engine.shard_size": 4,
         "engine.batch_size": 16,
         "engine.explain_batch_size": 4,
+        "engine.device": "cpu",
     }
     return load_config(None, content | {key.replace("__", "."): value for key, value in settings.items()})
 

@@ -3,16 +3,17 @@
 Every shard is worked on by one replica (which holds its images) and by CPU tasks beside it. A bounded number of shards
 is open at a time; a shard is closed when each of its cells has its part or an error.
 
-Attempts: a cell whose step raises an error is tried again, `max_attempts` times in all. The loss of a worker or node is
+Attempts: a cell whose step raises an error is tried again, `max_attempts` times in all. The loss of a worker is
 nobody's error: the first one is Ray's own business (`max_task_retries`), after a second one the shard is tried alone
-on a replica, and only what is lost there counts, so an input that kills its process is found and its neighbours are
-not blamed.
+on a replica, another one where there is one, and only what is lost there counts, so an input that kills its process is
+found and its neighbours are not blamed. What goes with its node is no suspicion either (spot machines are taken back),
+unless that happens to the same shard NODE_LOSSES times.
 """
 
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,13 +22,14 @@ from ray.exceptions import RayError
 
 from xaibatch.cluster import cells
 from xaibatch.cluster.connect import connected
-from xaibatch.cluster.losses import describe, is_loss, root
-from xaibatch.cluster.pool import ReplicaPool, Slot
+from xaibatch.cluster.losses import describe, is_loss, is_node_loss, is_replica_loss, root
+from xaibatch.cluster.pool import Place, ReplicaPool, Slot
 from xaibatch.cluster.replica import Replica
 from xaibatch.cluster.telemetry import DriverMeter
 from xaibatch.errors import EngineError, RunFolderError
 from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import Job
+from xaibatch.pipeline.place import placed
 from xaibatch.pipeline.stopping import StopFlag
 from xaibatch.pipeline.work import EXPLAIN, FailedCell, Progress, ShardWork
 
@@ -47,6 +49,9 @@ WARN_S: Final = 60.0
 FIRST_PAUSE_S: Final = 0.5
 """Pause before a failed shard's second attempt; doubles with every further one."""
 
+NODE_LOSSES: Final = 3
+"""Nodes that a shard may lose before it is suspected of ending them."""
+
 
 def run_on_ray(
     job: Job, work: Sequence[ShardWork], progress: Progress, *, actor: type[Replica] = Replica
@@ -59,6 +64,7 @@ def run_on_ray(
     is finished stays; the same call on what is still pending goes on.
     """
     with connected(job.config.engine), StopFlag() as stop:
+        job = placed(job)
         driver = _Driver(job, work, progress, stop, ReplicaPool(job=job, actor=actor))
         try:
             return driver.run()
@@ -72,7 +78,8 @@ def run_on_ray(
 
 @dataclass(kw_only=True, eq=False)
 class _Open:
-    """A shard that is being worked on, or that waits for another attempt."""
+    """A shard that is being worked on, or that waits for another attempt. `lost_in`: places whose replica was lost
+    under it."""
 
     work: ShardWork
     groups: dict[str, MetricGroup]
@@ -81,9 +88,16 @@ class _Open:
     errors: dict[str, Exception] = field(default_factory=dict)
     running: int = 0
     alone: bool = False
+    num_node_losses: int = 0
+    lost_in: set[Place] = field(default_factory=set)
+    opened: float = 0.0
     not_before: float = 0.0
     explained: cells.Explained | None = None
     slot: Slot | None = None
+
+    def is_known_to(self, slot: Slot) -> bool:
+        """Whether the replica has explained the shard."""
+        return self.explained is not None and self.explained.slot is slot
 
 
 class _Driver:
@@ -95,6 +109,7 @@ class _Driver:
         self._job, self._progress, self._stop, self._pool = job, progress, stop, pool
         self._engine = job.config.engine
         self._job_ref = ray.put(job)
+        self._sent = cells.Sent(job=self._job_ref)
         self._fresh = iter(work)
         self._next: _Open | None = None
         self._again: deque[_Open] = deque()
@@ -126,6 +141,8 @@ class _Driver:
 
     def _look_at_replicas(self) -> None:
         self._pool.refresh()
+        if self._pool.avoid != self._sent.avoid:
+            self._sent = cells.Sent(job=self._job_ref, avoid=self._pool.avoid)
         num_ready, now = len(self._pool.ready), time.monotonic()
         if num_ready != self._num_ready or now - self._told > TELL_S:
             self._num_ready, self._told = num_ready, now
@@ -144,21 +161,45 @@ class _Driver:
     # -- opening shards
 
     def _admit(self) -> None:
-        """Open shards up to the window, those for another attempt first, each on the replica with the fewest."""
-        while (shard := self._upcoming()) is not None:
-            limit = 1 if shard.alone else self._engine.shards_in_flight
-            free = [slot for slot in self._pool.ready if slot.num_open < limit and not slot.exclusive]
-            if not free:
+        """Open shards up to the window, those for another attempt first, each on the replica with the fewest. For a
+        shard that is tried alone one replica at a time is kept free; the others go on."""
+        kept: Slot | None = None
+        may_keep = not any(slot.exclusive for slot in self._pool.slots)
+        for shard in self._due():
+            slots = self._choices(shard, kept)
+            if slots and (may_keep or not shard.alone):
+                slot = min(slots, key=lambda slot: (slot.num_open, not shard.is_known_to(slot)))
+                if not shard.alone or not slot.num_open:
+                    self._take(shard)
+                    self._open(shard, slot)
+                else:
+                    kept = slot
+                may_keep = may_keep and not shard.alone
+            elif shard is self._next:
                 break
-            self._take(shard)
-            self._open(shard, min(free, key=lambda slot: slot.num_open))
         self._start_adapters()
 
-    def _upcoming(self) -> _Open | None:
+    def _choices(self, shard: _Open, kept: Slot | None) -> list[Slot]:
+        """Replicas that may take the shard: not those that were lost under it, as long as there are others."""
+        ready = self._pool.ready
+        others = [slot for slot in ready if slot.place not in shard.lost_in]
+        return [
+            slot
+            for slot in others or ready
+            if slot is not kept
+            and not slot.exclusive
+            and (shard.alone or slot.num_open < self._engine.shards_in_flight)
+        ]
+
+    def _due(self) -> Iterator[_Open]:
+        """Shards whose next attempt is due, then fresh ones."""
         now = time.monotonic()
-        for shard in self._again:
-            if shard.not_before <= now:
-                return shard
+        yield from [shard for shard in self._again if shard.not_before <= now]
+        while (shard := self._upcoming()) is not None:
+            yield shard
+
+    def _upcoming(self) -> _Open | None:
+        """The next fresh shard."""
         if self._next is None and (work := next(self._fresh, None)) is not None:
             self._next = _Open(work=work, groups={group.name: group for group in work.groups}, left=set(work.stages))
         return self._next
@@ -170,14 +211,14 @@ class _Driver:
             self._again.remove(shard)
 
     def _open(self, shard: _Open, slot: Slot) -> None:
-        shard.slot, slot.exclusive = slot, shard.alone
+        shard.slot, slot.exclusive, shard.opened = slot, shard.alone, time.monotonic()
         slot.num_open += 1
         shard.errors.clear()
-        count = shard.explained is None or shard.explained.slot is not slot
-        if shard.explained is None or count:
-            shard.explained = cells.explain(self._job_ref, shard.work.shard, slot)
+        count = not shard.is_known_to(slot)
+        if count or shard.explained is None:
+            shard.explained = cells.explain(self._sent, shard.work.shard, slot)
         if EXPLAIN in shard.left:
-            self._watch(cells.write(self._job_ref, shard.work.shard, shard.explained), shard, EXPLAIN)
+            self._watch(cells.write(self._sent, shard.work.shard, shard.explained), shard, EXPLAIN)
             count = False
         for name in sorted(shard.left - {EXPLAIN}):
             group = shard.groups[name]
@@ -201,7 +242,7 @@ class _Driver:
 
     def _score(self, shard: _Open, group: MetricGroup, count: bool) -> Any:
         assert shard.explained is not None
-        return cells.score(self._job, self._job_ref, shard.work.shard, group, shard.explained, count)
+        return cells.score(self._job, self._sent, shard.work.shard, group, shard.explained, count)
 
     def _watch(self, ref: Any, shard: _Open, stage: str) -> None:
         self._cells[ref] = (shard, stage)
@@ -235,20 +276,40 @@ class _Driver:
         assert shard.slot is not None
         shard.slot.num_open -= 1
         shard.slot.exclusive = False
+        lost = any(map(is_loss, shard.errors.values()))
+        suspect = lost and not self._went_with_a_node(shard)
+        self._judge_replica(shard, suspect)
         for stage, error in shard.errors.items():
-            if not is_loss(error) or shard.alone:
+            if not is_loss(error) or (shard.alone and suspect):
                 shard.attempts[stage] += 1
             if shard.attempts[stage] >= self._engine.max_attempts:
                 shard.left.discard(stage)
                 self._give_up(shard, stage, error)
-        lost = any(map(is_loss, shard.errors.values()))
         if lost or not self._is_good(shard.explained):
             shard.explained = None
         if shard.left:
-            shard.alone = shard.alone or lost
+            shard.alone = shard.alone or suspect
             tried = max(shard.attempts.values(), default=0)
             shard.not_before = time.monotonic() + FIRST_PAUSE_S * 2**tried
             self._again.append(shard)
+
+    def _went_with_a_node(self, shard: _Open) -> bool:
+        """Whether a node that died explains what was lost."""
+        assert shard.slot is not None
+        losses = [error for error in shard.errors.values() if is_loss(error)]
+        if not all(map(is_node_loss, losses)) and not self._pool.has_lost_its_node(shard.slot):
+            return False
+        shard.num_node_losses += 1
+        return shard.num_node_losses < NODE_LOSSES
+
+    def _judge_replica(self, shard: _Open, suspect: bool) -> None:
+        """Tell the pool how the shard fared on its replica; the next attempt prefers another one."""
+        assert shard.slot is not None
+        lost = any(map(is_replica_loss, shard.errors.values()))
+        if lost and suspect:
+            shard.lost_in.add(shard.slot.place)
+        if suspect or not lost:
+            self._pool.judge(shard.slot, lost=lost, opened=shard.opened)
 
     def _is_good(self, explained: cells.Explained | None) -> bool:
         """Whether a shard's explanations came out, so that another attempt need not make them again."""

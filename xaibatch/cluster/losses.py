@@ -1,6 +1,6 @@
 """An exception that a step's reference raised in, what it means out: the step's own error, or a loss of its process."""
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import NodeDiedError, RayActorError, RayError, RayTaskError
 
 
 def root(error: BaseException) -> BaseException:
@@ -13,6 +13,16 @@ def root(error: BaseException) -> BaseException:
 def is_loss(error: BaseException) -> bool:
     """Whether a step was lost with its process or node, rather than raising an error of its own."""
     return isinstance(root(error), RayError)
+
+
+def is_replica_loss(error: BaseException) -> bool:
+    """Whether what was lost is the replica's process, not that of a CPU task."""
+    return isinstance(root(error), RayActorError)
+
+
+def is_node_loss(error: BaseException) -> bool:
+    """Whether Ray says that a CPU task was lost because its node died."""
+    return isinstance(root(error), NodeDiedError)
 
 
 def describe(error: BaseException) -> str:

@@ -1,24 +1,27 @@
-"""A cluster's nodes in, a complaint out for each that cannot see the run's local files.
+"""A cluster's nodes in; out come those that cannot see the run's local files.
 
 With one machine every path is everybody's. With several, a local data folder or run folder must be a shared file
-system; where it is not, images would turn up as missing and parts would be scattered, so this is found out first.
+system; where it is not, images would turn up as missing and parts would be scattered. For the nodes that are there
+first this is a mistake, and found out before work begins; a node that joins later gets no work until it has shown that
+it sees the files.
 """
 
-import os
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import fsspec
 import ray
-from fsspec.implementations.local import LocalFileSystem
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from xaibatch.cluster.connect import ONE_THREAD
+from xaibatch.data.storage import is_away
 from xaibatch.errors import EngineError
 from xaibatch.pipeline.job import Job
 
-_RECORD: Final = "run.json"
+_LOG = logging.getLogger(__name__)
+
+_NODE_LABEL: Final = "ray.io/node-id"
 
 
 @dataclass(kw_only=True)
@@ -28,29 +31,37 @@ class NodeCheck:
     job: Job
     _asked: dict[str, Any] = field(default_factory=dict)
     _first: tuple[str, ...] | None = None
+    _blind: set[str] = field(default_factory=set)
 
     @property
     def cleared(self) -> bool:
         """Whether all nodes of the first look have answered (or are gone)."""
         return self._first is not None and all(self._asked.get(node_id) is None for node_id in self._first)
 
+    @property
+    def avoid(self) -> frozenset[str]:
+        """Nodes that joined later and do not see the files, or have not answered yet."""
+        waiting = {node_id for node_id, ref in self._asked.items() if ref is not None}
+        return frozenset(self._blind | (waiting - set(self._first or ())))
+
     def look(self, nodes: Iterable[Any]) -> None:
-        """Ask new nodes and hear the answers that have come; EngineError names a node that cannot see a path."""
+        """Ask new nodes and hear the answers that have come; EngineError names a node of the first look that cannot
+        see a path."""
         nodes = {node["NodeID"]: node for node in nodes if node["Resources"].get("CPU", 0) >= 1}
-        paths = local_paths(self.job)
-        if not paths or len(nodes) < 2:
+        if not self.job.paths or (len(nodes) < 2 and not self._asked):
             self._first = self._first or ()
             return
-        ask: Any = ray.remote(_missing)
+        ask: Any = ray.remote(missing_paths)
         for node_id in nodes.keys() - self._asked.keys():
             self._asked[node_id] = ask.options(
                 num_cpus=0,
                 max_retries=1,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
                 runtime_env={"env_vars": dict(ONE_THREAD)},
-            ).remote(paths)
+            ).remote(self.job.paths)
         if self._first is None:
             self._first = tuple(self._asked)
+        self._blind &= nodes.keys()
         for node_id, ref in self._asked.items():
             if node_id not in nodes:
                 self._asked[node_id] = None
@@ -63,27 +74,28 @@ class NodeCheck:
             missing = ray.get(ref)
         except ray.exceptions.RayError:
             return  # the node is gone again
-        if missing:
+        if not missing:
+            return
+        what = f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) does not see {missing[0]!r}"
+        if node["NodeID"] in (self._first or ()):
             raise EngineError(
-                f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) does not see {missing[0]!r}: on "
-                "several machines data, checkpoint and --output must lie on a shared file system or in an object "
-                "store (s3://...)"
+                f"{what}: on several machines data, checkpoint and --output must lie on a shared file system or in an "
+                "object store (s3://...)"
             )
+        self._blind.add(node["NodeID"])
+        _LOG.warning("%s and gets no work", what)
 
 
-def local_paths(job: Job) -> tuple[str, ...]:
-    """Absolute local paths that the driver sees and every node must see: data, checkpoint, run folder."""
-    config = job.config
-    named = [path for path in (config.data.path, config.model.checkpoint) if path]
-    if job.folder.is_local:
-        named.append(job.folder.path(_RECORD))
-    found = []
-    for path in named:
-        filesystem, inner = fsspec.core.url_to_fs(path)
-        if isinstance(filesystem, LocalFileSystem) and os.path.lexists(inner):
-            found.append(inner)
-    return tuple(found)
+def selector(avoid: Iterable[str]) -> dict[str, str]:
+    """Ray's `label_selector` of every node but these.
+
+    >>> selector(()), selector({"b", "a"})
+    ({}, {'ray.io/node-id': '!in(a,b)'})
+    """
+    names = ",".join(sorted(avoid))
+    return {_NODE_LABEL: f"!in({names})"} if names else {}
 
 
-def _missing(paths: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(path for path in paths if not os.path.lexists(path))
+def missing_paths(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the paths that are away on this machine."""
+    return tuple(filter(is_away, paths))

@@ -3,9 +3,11 @@ join.
 
 A place is a share of a GPU on a node, or a node without GPUs. Replicas of counted places are bound to their node, so
 that a node that vanishes takes its replicas with it at once; with `--replicas N` they are not bound, and Ray (or an
-autoscaler that sees them waiting) finds the places.
+autoscaler that sees them waiting) finds the places. A place where no replica starts, or where replicas are lost again
+and again while others fare better, rests for a while.
 """
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,17 +18,29 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from xaibatch.cluster.connect import ONE_THREAD
 from xaibatch.cluster.losses import describe
-from xaibatch.cluster.nodes import NodeCheck
+from xaibatch.cluster.nodes import NodeCheck, selector
 from xaibatch.cluster.replica import Replica, ReplicaFacts
 from xaibatch.config import EngineConfig
 from xaibatch.errors import EngineError
 from xaibatch.pipeline.job import Job
+from xaibatch.pipeline.place import placed
 
 LOOK_S: Final = 2.0
 """Seconds between looks at the cluster's nodes."""
 
 START_ATTEMPTS: Final = 3
-"""Attempts at starting a replica in one place."""
+"""Attempts at starting a replica in one place before the place rests."""
+
+START_LIMIT_S: Final = 1800.0
+"""Seconds that a replica's process may take to load the model (a large checkpoint from a slow store takes minutes)."""
+
+LOSSES: Final = 3
+"""Losses of a replica, without a shard done in between, after which its place rests."""
+
+REST_S: Final = 300.0
+"""Seconds for which a place gets no replica."""
+
+_LOG = logging.getLogger(__name__)
 
 Node = Mapping[str, Any]
 """One entry of `ray.nodes()`."""
@@ -45,15 +59,28 @@ class Place:
 
 @dataclass(kw_only=True, eq=False)
 class Slot:
-    """A replica in its place. `facts` is None until it is ready; a `retired` one gets no new shards."""
+    """A replica in its place. `facts` is None until it is ready; a `retired` one gets no new shards.
+
+    process, begun: the reference that is there once its process is, and when that was seen.
+    num_losses: since a shard was last done with; lost_at: the last of them.
+    """
 
     place: Place
     handle: Any
     starting: Any
+    process: Any
+    begun: float = float("inf")
     facts: ReplicaFacts | None = None
     retired: bool = False
     num_open: int = 0
     exclusive: bool = False
+    num_losses: int = 0
+    lost_at: float = float("-inf")
+
+    @property
+    def node_id(self) -> str:
+        """The node it is bound to or was started on; empty where that is not known yet."""
+        return self.facts.node_id if self.facts else self.place.node_id
 
 
 @dataclass(kw_only=True)
@@ -65,11 +92,13 @@ class ReplicaPool:
     actor: type[Replica] = Replica
     slots: list[Slot] = field(default_factory=list)
     _failures: dict[Place, int] = field(default_factory=dict)
+    _resting: dict[Place, float] = field(default_factory=dict)
     _looked: float = float("-inf")
     _last_error: str = ""
     _check: NodeCheck = field(init=False)
 
     def __post_init__(self) -> None:
+        self.job = placed(self.job)
         self._check = NodeCheck(job=self.job)
 
     @property
@@ -77,6 +106,11 @@ class ReplicaPool:
         if not self._check.cleared:
             return []
         return [slot for slot in self.slots if slot.facts is not None and not slot.retired]
+
+    @property
+    def avoid(self) -> frozenset[str]:
+        """Nodes that do not see the run's files: nothing may run there."""
+        return self._check.avoid
 
     def refresh(self) -> list[Slot]:
         """Start, drop and retire replicas; returns the slots that are gone (their calls fail by themselves).
@@ -90,21 +124,41 @@ class ReplicaPool:
         nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         self._check.look(nodes)
         alive = {node["NodeID"] for node in nodes}
-        wanted = places(nodes, self.job.config.engine)
+        wanted = places([node for node in nodes if node["NodeID"] not in self.avoid], self.job.config.engine)
         for slot in list(self.slots):
-            where = slot.facts.node_id if slot.facts else slot.place.node_id
-            if (where and where not in alive) or (slot.retired and not slot.num_open):
+            if (slot.node_id and slot.node_id not in alive) or (slot.retired and not slot.num_open):
                 self.drop(slot)
                 gone.append(slot)
             elif slot.place not in wanted:
                 slot.retired = True
         taken = {slot.place for slot in self.slots}
         for place in wanted:
-            if place not in taken and self._failures.get(place, 0) < START_ATTEMPTS:
+            if place not in taken and self._resting.get(place, self._looked) <= self._looked:
                 self.slots.append(self._start(place))
-        if not self.slots and wanted:
-            raise EngineError(f"no model replica could be started: {self._last_error}")
+        if not self.slots:  # a place that rests for its losses is better than none
+            usable = [place for place in wanted if self._failures.get(place, 0) < START_ATTEMPTS]
+            if wanted and not usable:
+                raise EngineError(f"no model replica could be started: {self._last_error}")
+            self.slots += map(self._start, usable)
         return gone
+
+    def judge(self, slot: Slot, *, lost: bool, opened: float) -> None:
+        """A shard that was `opened` on a replica is closed: was the replica lost under it? Shards that were open
+        together are lost together, which counts once."""
+        if not lost:
+            slot.num_losses = 0
+        elif opened > slot.lost_at:
+            slot.lost_at = time.monotonic()
+            slot.num_losses += 1
+            others = [other for other in self.ready if other is not slot and other.num_losses < slot.num_losses]
+            if slot.num_losses >= LOSSES and others:
+                slot.retired = True
+                self._rest(slot.place, f"losses of the model replica in a row: {slot.num_losses}", slot.node_id)
+
+    def has_lost_its_node(self, slot: Slot) -> bool:
+        """Whether a replica went with its node, by a look at the nodes right now."""
+        nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+        return slot.node_id not in {node["NodeID"] for node in nodes if node["Alive"]}
 
     def waiting_for(self) -> str:
         """What replicas that are not ready need, and what the cluster has free."""
@@ -126,8 +180,12 @@ class ReplicaPool:
         for slot in list(self.slots):
             self.drop(slot)
 
+    def _rest(self, place: Place, why: str, node_id: str) -> None:
+        self._resting[place] = time.monotonic() + REST_S
+        where = f"on node {node_id[:8]}, place {place.index}" if node_id else f"place {place.index}"
+        _LOG.warning("%s (%s); the place is tried again in %.0f minutes", why, where, REST_S / 60)
+
     def _start(self, place: Place) -> Slot:
-        engine = self.job.config.engine
         # threads that wait must not spin: CPU tasks work on the same cores
         environment = {**dict.fromkeys(ONE_THREAD, str(place.threads)), "OMP_WAIT_POLICY": "PASSIVE"}
         actor: Any = ray.remote(self.actor)
@@ -140,27 +198,44 @@ class ReplicaPool:
             scheduling_strategy=(
                 NodeAffinitySchedulingStrategy(place.node_id, soft=False) if place.node_id else "SPREAD"
             ),
+            label_selector={} if place.node_id else selector(self.avoid),
             runtime_env={"env_vars": environment},
-        ).remote(self.job, device=_device(engine, place), threads=place.threads)
-        return Slot(place=place, handle=handle, starting=handle.facts.remote())
+        ).remote(self.job, device="cuda" if place.num_gpus else "cpu", threads=place.threads)
+        process = handle.process.remote()
+        return Slot(place=place, handle=handle, starting=handle.facts.remote(), process=process)
 
     def _settle_starting(self) -> list[Slot]:
         starting = {slot.starting: slot for slot in self.slots if slot.facts is None}
         if not starting:
             return []
-        done, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0)
+        refs = [*starting, *(slot.process for slot in starting.values())]
+        done = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
         gone = []
-        for ref in done:
-            slot = starting[ref]
-            try:
-                slot.facts = ray.get(ref)
-            except Exception as error:
-                self._last_error = describe(error)
-                self._failures[slot.place] = self._failures.get(slot.place, 0) + 1
-                self.drop(slot)
+        for ref, slot in starting.items():
+            error = ""
+            if ref in done:
+                try:
+                    slot.facts = ray.get(ref)
+                    self._failures.pop(slot.place, None)
+                except Exception as raised:
+                    error = describe(raised)
+            elif slot.process in done:
+                slot.begun = min(slot.begun, time.monotonic())
+                if time.monotonic() - slot.begun > START_LIMIT_S:
+                    error = f"the model was not loaded after {START_LIMIT_S / 60:.0f} minutes"
+            if error:
+                self._failed(slot, error)
                 gone.append(slot)
-                self._looked = float("-inf")
         return gone
+
+    def _failed(self, slot: Slot, error: str) -> None:
+        """A replica did not start."""
+        self._last_error = error
+        self._failures[slot.place] = self._failures.get(slot.place, 0) + 1
+        if self._failures[slot.place] >= START_ATTEMPTS:
+            self._rest(slot.place, f"no model replica starts: {error}", slot.node_id)
+        self.drop(slot)
+        self._looked = float("-inf")
 
 
 def places(nodes: Sequence[Node], engine: EngineConfig) -> tuple[Place, ...]:
@@ -207,8 +282,3 @@ def shares(num_gpus: float, per_replica: float) -> int:
     if per_replica >= 1:
         return int(num_gpus // per_replica)
     return int(num_gpus) * int(1 / per_replica + 1e-9)
-
-
-def _device(engine: EngineConfig, place: Place) -> str:
-    """A replica without a GPU must not find one by itself."""
-    return "cpu" if not place.num_gpus else engine.device

@@ -7,6 +7,8 @@ Shape letters: B images, C channels, H W pixels, h w a map's own sides, K classe
 """
 
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ import ray
 from numpy.typing import NDArray
 
 from xaibatch.cluster.telemetry import ReplicaMeter
+from xaibatch.errors import EngineError
 from xaibatch.pipeline.host_memory import keep_freed_memory
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, ShardExplanations
 from xaibatch.seeding import DrawKey
@@ -62,21 +65,31 @@ class Replica:
         self._threads = threads
         self._loaded: Session | None = None
         self._meter = ReplicaMeter(job.run, f"{ray.get_runtime_context().get_node_id()[:8]}-{os.getpid()}")
+        threading.Thread(target=self._meter.beat_for_ever, daemon=True).start()
 
     @property
     def session(self) -> "Session":
         if self._loaded is None:
-            import torch
-
-            from xaibatch.pipeline.session import Session
-
-            keep_freed_memory()
-            torch.set_num_threads(self._threads)
-            device = self._device
-            if device == "auto":
-                device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
-            self._loaded = Session(self._job, device=device)
+            self._loaded = self._guarded(self._load)
         return self._loaded
+
+    def _load(self) -> "Session":
+        """The model on the device: never on another one than was asked for."""
+        import torch
+
+        from xaibatch.pipeline.session import Session
+
+        keep_freed_memory()
+        torch.set_num_threads(self._threads)
+        if self._device == "cuda" and not torch.cuda.is_available():
+            raise EngineError(
+                f"Ray counts a GPU on {socket.gethostname()} but PyTorch finds no CUDA device there: mend the driver, "
+                "install PyTorch with CUDA, or compute on CPUs with --set engine.device=cpu"
+            )
+        return Session(self._job, device=self._device)
+
+    def process(self) -> None:
+        """Answered as soon as the process is there, before a model is loaded."""
 
     def facts(self) -> ReplicaFacts:
         """Load the model and say where it is."""
@@ -100,8 +113,12 @@ class Replica:
     ) -> tuple[ShardExplanations, Spent]:
         """Predict and explain a shard, whose images were read beside the model; `segments` in consecutive pieces of
         them. Should they be lost with the process, a later call reads them again."""
-        self.session.keep(shard, batch, failures)
-        return self._spend(lambda: self.session.explain(shard, joined(segments)))
+
+        def work() -> ShardExplanations:
+            self.session.keep(shard, batch, failures)
+            return self.session.explain(shard, joined(segments))
+
+        return self._spend(work)
 
     def answer(
         self, shard: Shard, plan: GroupPlan, label: str, *segments: Segments
@@ -110,15 +127,15 @@ class Replica:
         pieces of the questions."""
         return self._spend(lambda: self.session.answer(shard, plan, label, joined(segments)))
 
-    def forward(self, images_BCHW: NDArray[np.floating]) -> NDArray[np.floating]:
+    def forward(self, images_BCHW: NDArray[np.floating]) -> tuple[NDArray[np.floating], Spent]:
         """Logits (B,K), for adapter metrics."""
-        return self._guarded(lambda: self.session.forward(images_BCHW))
+        return self._spend(lambda: self.session.forward(images_BCHW))
 
     def explain_images(
         self, label: str, images_BCHW: NDArray[np.floating], targets_B: Sequence[int], keys: Sequence[DrawKey]
-    ) -> list[NDArray[np.floating]]:
+    ) -> tuple[list[NDArray[np.floating]], Spent]:
         """One explainer's native maps (h,w), for adapter metrics."""
-        return self._guarded(lambda: self.session.explain_images(label, images_BCHW, targets_B, keys))
+        return self._spend(lambda: self.session.explain_images(label, images_BCHW, targets_B, keys))
 
     def calibrate(self, shard: Shard) -> dict[str, Any]:
         """Compare precisions on a sample: see `xaibatch.pipeline.calibrate`."""
@@ -128,10 +145,10 @@ class Replica:
 
     def _spend(self, work: Callable[[], ValueT]) -> tuple[ValueT, Spent]:
         before, start = self.session.num_forward_passes, time.perf_counter()
-        value = self._guarded(work)
+        with self._meter.busy():
+            value = self._guarded(work)
         seconds, num_passes = time.perf_counter() - start, self.session.num_forward_passes - before
-        num_images = len(value.ids) if isinstance(value, ShardExplanations) else 0
-        self._meter.step(seconds, num_images, num_passes)
+        self._meter.count(len(value.ids) if isinstance(value, ShardExplanations) else 0, num_passes)
         return value, Spent(seconds={"model": seconds}, num_forward_passes=num_passes)
 
     def _guarded(self, work: Callable[[], ValueT]) -> ValueT:
@@ -140,7 +157,9 @@ class Replica:
         try:
             return work()
         except Exception as error:
-            if _device_is_lost(error):
+            from xaibatch.pipeline.device import is_device_lost
+
+            if is_device_lost(error):
                 os._exit(1)
             raise
 
@@ -149,13 +168,3 @@ def joined(pieces: Sequence[Segments]) -> Segments:
     """Consecutive pieces as one."""
     names = sorted({name for piece in pieces for name in piece})
     return {name: [segments_HW for piece in pieces for segments_HW in piece.get(name, ())] for name in names}
-
-
-def _device_is_lost(error: Exception) -> bool:
-    """Whether CUDA reports an error that outlives the call (out of memory does not)."""
-    import torch
-
-    lost = getattr(torch, "AcceleratorError", ())
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
-    return isinstance(error, lost) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))

@@ -6,6 +6,8 @@ waits for another. Only `adapter_cell` asks a replica while it runs.
 Shape letters: B images, C channels, H W pixels, h w a map's own sides, K classes.
 """
 
+import socket
+import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +15,9 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from xaibatch.cluster.losses import is_loss
 from xaibatch.cluster.replica import Segments, Spent
+from xaibatch.data.storage import StoreError, is_away
 from xaibatch.metrics.base import NoisyVariant, TwinVariant
 from xaibatch.perturb.segmentation import segment
 from xaibatch.pipeline.cells import MetricGroup
@@ -29,6 +33,7 @@ ItemT = TypeVar("ItemT")
 
 def read_images(job: Job, shard: Shard) -> tuple[ImageBatch, tuple[Failure, ...], Spent]:
     """A shard's readable images, what became of the others, and the time it took."""
+    _check_paths(job)
     clock = Stopwatch()
     with clock.measure("read"):
         batch, failures = job.read(shard)
@@ -85,6 +90,7 @@ def _piece(items: Sequence[ItemT], piece: int, num_pieces: int) -> Sequence[Item
 
 def write_cell(job: Job, shard: Shard, explained: ShardExplanations, *spent: Spent) -> CellReport:
     """Write the parts of the stage `explain`."""
+    _check_paths(job)
     clock = Stopwatch()
     with clock.measure("write"):
         write_explanations(job, shard, explained)
@@ -112,6 +118,7 @@ def score_cell(
     *spent: Spent,
 ) -> CellReport:
     """Score a metric group's answers and write its part."""
+    _check_paths(job)
     clock = Stopwatch()
     with clock.measure("score"):
         scores = score_group(job, group, explained, plan, answers, batch)
@@ -132,31 +139,63 @@ def adapter_cell(
     """Score one explainer with one adapter metric, whose model calls the replica answers, and write its part."""
     from xaibatch.pipeline.adapter import score_adapter  # the metric's own package is heavy
 
-    clock = Stopwatch()
+    _check_paths(job)
+    clock, remote = Stopwatch(), _Remote(replica)
     with clock.measure("score"):
-        scores = score_adapter(job, group, explained, batch, _Remote(replica))
+        scores = score_adapter(job, group, explained, batch, remote)
+    if remote.loss is not None:
+        raise remote.loss
+    clock.seconds["score"] -= remote.waited_s
     with clock.measure("write"):
         write_scores(job, group, shard, explained, scores)
-    return _report(shard, group.name, explained, clock, spent)
+    return _report(shard, group.name, explained, clock, (*spent, *remote.spent))
 
 
 class _Remote:
-    """Stands in for a session: asks a replica and waits. Seconds of waiting give the task's CPU back."""
+    """Stands in for a session: asks a replica and waits. Seconds of waiting give the task's CPU back.
+
+    The metric's own package turns any error into rows; the `loss` of the replica is none of the images' errors.
+    """
 
     def __init__(self, replica: Any) -> None:
         self._replica = replica
+        self.spent: list[Spent] = []
+        self.waited_s = 0.0
+        self.loss: Exception | None = None
 
     def forward(self, images_BCHW: NDArray[np.floating]) -> NDArray[np.floating]:
-        logits_BK: NDArray[np.floating] = ray.get(self._replica.forward.remote(images_BCHW))
+        logits_BK: NDArray[np.floating] = self._answer(self._replica.forward.remote(images_BCHW))
         return logits_BK
 
     def explain_images(
         self, label: str, images_BCHW: NDArray[np.floating], targets_B: Sequence[int], keys: Sequence[DrawKey]
     ) -> list[NDArray[np.floating]]:
-        maps: list[NDArray[np.floating]] = ray.get(
+        maps: list[NDArray[np.floating]] = self._answer(
             self._replica.explain_images.remote(label, images_BCHW, targets_B, keys)
         )
         return maps
+
+    def _answer(self, ref: Any) -> Any:
+        if self.loss is not None:
+            raise self.loss
+        start = time.perf_counter()
+        try:
+            value, spent = ray.get(ref)
+        except Exception as error:
+            if is_loss(error):
+                self.loss = error
+            raise
+        finally:
+            self.waited_s += time.perf_counter() - start
+        self.spent.append(spent)
+        return value
+
+
+def _check_paths(job: Job) -> None:
+    """Raises StoreError where this machine does not see the run's files: what it read would count as missing, and what
+    it wrote would be lost."""
+    if path := next(filter(is_away, job.paths), None):
+        raise StoreError(f"{path!r} is missing or empty on {socket.gethostname()}")
 
 
 def _report(

@@ -2,12 +2,14 @@
 
 `ray_xaibatch_images_total` and `ray_xaibatch_forward_passes_total` are counters of each replica, so that images a
 second are `rate(ray_xaibatch_images_total[1m])`; `ray_xaibatch_device_busy_share` is the share (0..1) of the last
-window in which a replica's device worked for the run; `ray_xaibatch_shards_open`, `ray_xaibatch_cells_waiting` and
-`ray_xaibatch_replicas_ready` are the driver's queue.
+WINDOW_S seconds in which a replica's device worked for the run, 0 while it has nothing to do;
+`ray_xaibatch_shards_open`, `ray_xaibatch_cells_waiting` and `ray_xaibatch_replicas_ready` are the driver's queue.
 """
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from ray.util.metrics import Counter, Gauge
@@ -26,20 +28,50 @@ class ReplicaMeter:
         self._passes = Counter("xaibatch_forward_passes", "Images and perturbed copies put through the model.", keys)
         self._busy = Gauge("xaibatch_device_busy_share", "Share of the last window in which the device worked.", keys)
         self._clock = clock
+        self._lock = threading.Lock()
         self._window = clock()
         self._busy_s = 0.0
+        self._busy_since: float | None = None
 
-    def step(self, seconds: float, num_images: int, num_forward_passes: int) -> None:
-        """A call has ended that kept the device busy for `seconds`."""
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """The device works for the time of the block."""
+        with self._lock:
+            self._busy_since = self._clock()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reckon(self._clock())
+                self._busy_since = None
+
+    def count(self, num_images: int, num_forward_passes: int) -> None:
+        """A call has ended."""
         if num_images:
             self._images.inc(num_images, self._tags)
         if num_forward_passes:
             self._passes.inc(num_forward_passes, self._tags)
-        self._busy_s += seconds
-        elapsed = self._clock() - self._window
-        if elapsed >= WINDOW_S:
-            self._busy.set(min(1.0, self._busy_s / elapsed), self._tags)
-            self._window, self._busy_s = self._clock(), 0.0
+
+    def beat(self) -> float:
+        """Set and return the busy share since the last beat; a call that goes on counts as far as it is."""
+        with self._lock:
+            now = self._clock()
+            self._reckon(now)
+            share = min(1.0, self._busy_s / max(now - self._window, 1e-9))
+            self._window, self._busy_s = now, 0.0
+        self._busy.set(share, self._tags)
+        return share
+
+    def beat_for_ever(self) -> None:
+        """A thread's body: idle replicas are seen to be idle, and long calls to be busy."""
+        while True:
+            time.sleep(WINDOW_S)
+            self.beat()
+
+    def _reckon(self, now: float) -> None:
+        if self._busy_since is not None:
+            self._busy_s += now - self._busy_since
+            self._busy_since = now
 
 
 class DriverMeter:

@@ -31,6 +31,7 @@ def load_shard(
     limits: ImageLimits | None = None,
     reading: ReadOptions | None = None,
     num_threads: int = 1,
+    roots: Sequence[str] = (),
 ) -> tuple[ImageBatch, tuple[Failure, ...]]:
     """Read, decode and preprocess a shard's images, in the shard's order.
 
@@ -39,8 +40,10 @@ def load_shard(
     image in: it counts as missing (NaN twin) and becomes a Failure of stage `mask` or `twin`. Images are in `dtype`;
     an empty batch has B = 0.
 
-    Raises DataError for a label that `class_names` does not have, and StoreError where a remote store fails again and
-    again: that says nothing about the images, so the shard is to be read another time.
+    `roots` are local paths without which nothing can be read: while one of them is away, so may be any file.
+
+    Raises DataError for a label that `class_names` does not have, and StoreError where a store fails again and again
+    or is not mounted: that says nothing about the images, so the shard is to be read another time.
     """
     labels_B = label_indices([record.label for record in shard.records], class_names)
     reader = _Reader(
@@ -50,6 +53,7 @@ def load_shard(
         dtype=np.dtype(dtype),
         limits=limits or ImageLimits(),
         reading=reading or ReadOptions(),
+        roots=tuple(roots),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -81,6 +85,7 @@ class _Reader:
     dtype: np.dtype
     limits: ImageLimits
     reading: ReadOptions
+    roots: tuple[str, ...]
 
     def load(self, record: ImageRecord) -> _Loaded:
         loaded = _Loaded()
@@ -112,13 +117,16 @@ class _Reader:
         return loaded
 
     def _image(self, path: str) -> tuple[NDArray[np.floating], tuple[int, int]]:
-        decoded = decode_in_quiet(read_bytes(path, self.reading), self.limits, self.preprocessing.dicom_range)
+        decoded = decode_in_quiet(self._bytes(path), self.limits, self.preprocessing.dicom_range)
         return self.preprocessing.apply(decoded, self.dtype), (decoded.values.shape[0], decoded.values.shape[1])
+
+    def _bytes(self, path: str) -> bytes:
+        return read_bytes(path, self.reading, self.roots)
 
     def _mask(self, path: str, size: tuple[int, int]) -> NDArray[np.bool_]:
         if is_boxes(path):
             return self.preprocessing.apply_mask(boxes_mask(path, size))
-        mask_HW = mask_in_quiet(read_bytes(path, self.reading), self.limits)
+        mask_HW = mask_in_quiet(self._bytes(path), self.limits)
         if mask_HW.shape != size:
             # A mask may be stored at another size than its image, but not with other proportions (one pixel of
             # rounding is fine).

@@ -1,12 +1,13 @@
 """Files of a local folder or any fsspec URL in: sorted listings and bytes out, with retries of transient errors."""
 
+import errno
 import os
 import posixpath
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Final, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -18,6 +19,16 @@ from xaibatch.options import Options
 T = TypeVar("T")
 
 _BLOCK_BYTES = 16 << 20
+
+_AWAY: Final = frozenset(
+    (
+        errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EAGAIN, errno.EBUSY,
+        errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE,
+        errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ESHUTDOWN,
+        errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    )
+)  # fmt: skip
+"""Error numbers of local files that speak of the disk, the network share or the machine, not of the file."""
 
 
 class ReadOptions(Options):
@@ -91,6 +102,19 @@ def local_size(path: str) -> int:
         return -1
 
 
+def is_away(path: str) -> bool:
+    """True where a local path does not exist, or is an empty folder: what is left of a share that is not mounted."""
+    if not os.path.isdir(path):  # noqa: PTH112
+        return not os.path.exists(path)  # noqa: PTH110
+    try:
+        with os.scandir(path) as items:
+            return next(items, None) is None
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+
+
 def filesystem(path: str) -> tuple[AbstractFileSystem, str]:
     """The fsspec file system of a URL and the path inside it; raises DataError for a protocol that is not installed."""
     try:
@@ -126,25 +150,28 @@ def subfolders(root: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if not _hidden(name)))
 
 
-def read_bytes(path: str, options: ReadOptions | None = None) -> bytes:
-    """The whole file. A read that fails for a reason that may pass is tried again.
+def read_bytes(path: str, options: ReadOptions | None = None, roots: Sequence[str] = ()) -> bytes:
+    """The whole file. A read that fails for a reason that may pass is tried again; so is a file that does not exist
+    while one of `roots` is away.
 
-    Raises OSError for a file that cannot be read; StoreError where a remote store failed every time or denies access;
-    DataError for an unknown protocol.
+    Raises OSError for a file that cannot be read; StoreError where a remote store, a network share or a disk failed
+    every time, or a remote store denies access; DataError for an unknown protocol.
     """
     options = options or ReadOptions()
     for attempt in range(1, options.num_attempts + 1):
         try:
             return _read_once(path, options.max_bytes)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileTooLargeError):
+        except (IsADirectoryError, FileTooLargeError):
             raise
         except OSError as error:
-            if attempt < options.num_attempts and not isinstance(error, PermissionError):
-                time.sleep(options.first_wait_s * 2 ** (attempt - 1))
-            elif is_remote(path):
-                raise StoreError(f"{path!r} could not be read ({attempt} attempts): {one_line(error)}") from None
-            else:
+            if isinstance(error, FileNotFoundError | NotADirectoryError):
+                if not any(map(is_away, roots)):
+                    raise
+            elif not is_remote(path) and error.errno not in _AWAY:
                 raise
+            if attempt == options.num_attempts or isinstance(error, PermissionError):
+                raise StoreError(f"{path!r} could not be read ({attempt} attempts): {one_line(error)}") from None
+            time.sleep(options.first_wait_s * 2 ** (attempt - 1))
     raise AssertionError("unreachable: num_attempts is at least one")
 
 
@@ -153,7 +180,8 @@ class FileTooLargeError(OSError):
 
 
 class StoreError(OSError):
-    """A remote store that failed at every attempt: no fault of the file, which may be read another time."""
+    """A store (remote, a network share, a disk) that failed at every attempt or is not there: no fault of the file,
+    which may be read another time."""
 
 
 def one_line(error: BaseException) -> str:

@@ -36,7 +36,8 @@ class PlanRunner:
     autocast:   run the forward passes under torch.autocast with this dtype; None leaves the model's own precision.
 
     How copies are packed depends on the requests and the batch size only, so a retry gives bit-identical results.
-    `num_forward_passes` counts the images that went through the model.
+    `num_forward_passes` counts the images that went through the model. `before_batch` is called before each batch; what
+    it raises ends the run.
     """
 
     def __init__(self, *, model: nn.Module, batch_size: int, autocast: torch.dtype | None = None) -> None:
@@ -46,6 +47,7 @@ class PlanRunner:
         self.batch_size = batch_size
         self.autocast = autocast
         self.num_forward_passes = 0
+        self.before_batch: Callable[[], None] = lambda: None
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Return the logits (B,K) of plain images, on their device: float64 for float64 images, else float32."""
@@ -68,6 +70,7 @@ class PlanRunner:
         position = 0
         while position < total:
             stop = min(position + self.batch_size, total)
+            self.before_batch()
             logits_NK = self._attempt(copies, position, stop, like.device)
             if logits_NK is None:
                 self._shrink(like.device)

@@ -46,6 +46,8 @@ class Job:
     """What the parts of this run are sealed with."""
     data_root: str = ""
     """Folder or URL that the image paths in `predictions` start at; empty: they stay as they are."""
+    paths: tuple[str, ...] = ()
+    """Absolute local paths of data, checkpoint and run that must be there wherever the run works (see `placed`)."""
 
     @cached_property
     def tokens(self) -> TokenGrid:
@@ -88,6 +90,7 @@ class Job:
             with_masks=self.needs("mask"),
             with_twins=self.needs("twin"),
             dtype=self.dtype,
+            roots=self.paths,
         )
 
     def key(self, image_id: str, repeat: int) -> DrawKey:

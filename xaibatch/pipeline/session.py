@@ -5,7 +5,8 @@ samples.
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from xaibatch.models.classifier import Classifier
 from xaibatch.models.randomise import randomised
 from xaibatch.perturb.expand import expand
 from xaibatch.perturb.runner import PlanRunner, is_out_of_memory
+from xaibatch.pipeline.device import is_no_fault_of_the_image
 from xaibatch.pipeline.facts import configured_model
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, Question, ShardExplanations
 from xaibatch.seeding import DrawKey
@@ -81,6 +83,7 @@ class Session:
         self._runners: dict[str, PlanRunner] = {}
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._num_traced = 0
+        self._check: Callable[[], None] = _go_on
 
     # -- what a replica is asked
 
@@ -159,10 +162,19 @@ class Session:
         return self._held[shard.name]
 
     def keep(self, shard: Shard, batch: ImageBatch, failures: tuple[Failure, ...]) -> None:
-        """Hold a shard's images that were read beside the model; the oldest shard held goes."""
-        images = torch.tensor(batch.images_BCHW, dtype=self.dtype, device=self.device)
-        self._held[shard.name] = _Held(batch=batch, failures=failures, images_BCHW=images)
-        while len(self._held) > _SHARDS_HELD:
+        """Hold a shard's images that were read beside the model; the oldest shard held goes, and all others where the
+        device has no room beside them."""
+        while True:
+            try:
+                images_BCHW = torch.tensor(batch.images_BCHW, dtype=self.dtype, device=self.device)
+                break
+            except Exception as error:
+                if not is_out_of_memory(error) or not self._held:
+                    raise
+            self._held.clear()
+            self._free_cached()
+        self._held[shard.name] = _Held(batch=batch, failures=failures, images_BCHW=images_BCHW)
+        while len(self._held) > max(_SHARDS_HELD, self.job.config.engine.shards_in_flight):
             self._held.popitem(last=False)
 
     def runner(self, label: str) -> PlanRunner:
@@ -170,8 +182,19 @@ class Session:
         precision = self.job.precisions.get(label, self.job.dtype)
         if precision not in self._runners:
             autocast = torch.bfloat16 if precision == "bfloat16" else None
-            self._runners[precision] = PlanRunner(model=self.model, batch_size=self.batch_size, autocast=autocast)
+            runner = PlanRunner(model=self.model, batch_size=self.batch_size, autocast=autocast)
+            runner.before_batch = lambda: self._check()
+            self._runners[precision] = runner
         return self._runners[precision]
+
+    @contextmanager
+    def interrupted_by(self, check: Callable[[], None]) -> Iterator[None]:
+        """Call `check` before each batch of the block; what it raises ends the call at hand."""
+        self._check = check
+        try:
+            yield
+        finally:
+            self._check = _go_on
 
     @property
     def num_forward_passes(self) -> int:
@@ -199,6 +222,7 @@ class Session:
         while len(explained) < len(items):
             start = len(explained)
             stop = min(start + self.explain_batch_size, len(items))
+            self._check()
             chunk = {name: maps[start:stop] for name, maps in segments.items()}
             try:
                 explained += self._explain_chunk(items[start:stop], labels, logits_NK[start:stop], chunk)
@@ -206,9 +230,12 @@ class Session:
                 if not is_out_of_memory(error) or self.explain_batch_size == 1:
                     raise
                 self.explain_batch_size = max(1, self.explain_batch_size // 2)
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self._free_cached()
         return explained
+
+    def _free_cached(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _explain_chunk(
         self, items: Sequence[_Item], labels: Sequence[str], logits_NK: NDArray[np.floating], segments: Segments
@@ -229,7 +256,7 @@ class Session:
                     outcome.maps[label] = maps_Nhw[n]
                     outcome.extras[label] = {name: float(values[n]) for name, values in attribution.extras.items()}
             except Exception as error:
-                if is_out_of_memory(error):
+                if is_no_fault_of_the_image(error):
                     raise
                 self._one_by_one(items, targets, segments, label, explained, error)
         if "trace" in vars(shared):
@@ -255,7 +282,7 @@ class Session:
                 explained[n].maps[label] = attribution.maps_Bhw[0].detach().cpu().numpy()
                 explained[n].extras[label] = {name: float(v[0]) for name, v in attribution.extras.items()}
             except Exception as single:
-                if is_out_of_memory(single):
+                if is_no_fault_of_the_image(single):
                     raise
                 explained[n].errors[label] = f"{type(single).__name__}: {single}"
 
@@ -325,6 +352,10 @@ class Session:
         held = self.hold(shard)
         target = self._target(int(held.batch.labels_B[row]))
         return target if target >= 0 else int(self._forward(held.images_BCHW[row : row + 1])[0].argmax())
+
+
+def _go_on() -> None:
+    pass
 
 
 def _stack(label: str, explained: Sequence[_Explained]) -> ExplanationBatch:
