@@ -81,7 +81,7 @@ class Design:
     explainers: Sequence[str] = tuple(EXPLAINERS)
     metrics: Sequence[str] = tuple(METRICS)
     shifts: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    """(explainer, metric) -> added to the mean."""
+    """(explainer, metric) -> added to each image's score, give or take a third."""
     lesion_only: frozenset[str] = frozenset({"pointing_game"})
     """Metrics that need a mask, which Normal images have not."""
     synthetic: bool = False
@@ -260,7 +260,8 @@ def draw_score(fact: Mapping[str, Any], design: Design, explainer: str, metric: 
     """Mean plus noise of the image (shared by all explainers), of the patient, of the explainer on it, and of the
     repeat."""
     place = list(EXPLAINERS).index(explainer)
-    mean = MEANS[metric][explainer] + design.shifts.get((explainer, metric), 0.0)
+    shift = design.shifts.get((explainer, metric), 0.0)
+    mean = MEANS[metric][explainer] + shift * (1 + np.random.default_rng([17, fact["number"]]).normal() / 3)
     patient = fact["number"] // design.images_per_patient
     shared = np.random.default_rng([design.seed, 3, patient, number]).normal()
     own = np.random.default_rng([design.seed, 5, fact["number"], number, place]).normal()

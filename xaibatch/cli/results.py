@@ -1,7 +1,6 @@
 """Commands on finished runs: `query`, `report`, `summary`, `compact`, `compare`, `export`."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,12 +80,20 @@ def summary(
 
 def report(
     run: Run,
-    output: Annotated[Path | None, Option("--output", "-o", help="HTML file (default: in the run folder)")] = None,
+    output: Annotated[
+        str | None, Option("--output", "-o", help="HTML file or URL (default: in the run folder)")
+    ] = None,
+    images: Annotated[int, Option(min=0, help="radiographs to embed for the browser, about 3 kB each")] = 500,
+    maps: Annotated[int, Option(min=1, help="images whose maps to embed, about 0.3 kB an explainer")] = 2000,
 ) -> None:
-    """Write one self-contained HTML file: settings, table, statistics, the figure, and a browser for all images."""
-    from xaibatch.results.report import write_report
+    """Write one self-contained HTML file: settings, table, statistics, the figure, and a browser for all images.
 
-    print(write_report(run, output))
+    The browser lists every image with all its scores, whatever is embedded.
+    """
+    from xaibatch.results.report import write_report
+    from xaibatch.results.report_gallery import ReportOptions
+
+    print(write_report(run, output, ReportOptions(max_pixels=images, max_maps=maps)))
 
 
 def compact(run: Run) -> None:
@@ -106,12 +113,11 @@ def compare(run_a: Run, run_b: Run) -> None:
 
 def export(
     run: Run,
-    output: Annotated[Path, Option("--output", "-o", help="folder for CSV, LaTeX, Parquet, PDF and PNG")] = Path(
-        "export"
-    ),
+    output: Annotated[str, Option("--output", "-o", help="folder for CSV, LaTeX, Parquet, PDF and PNG")] = "export",
 ) -> None:
     """Write the tables as CSV, LaTeX (booktabs) and Parquet, and the figures as PDF and PNG."""
+    from xaibatch.cli.output import local_folder
     from xaibatch.results.export import export as export_run
 
-    for path in export_run(run, output):
+    for path in export_run(run, local_folder(output)):
         print(path)

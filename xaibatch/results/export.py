@@ -10,6 +10,8 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
+from xaibatch.data.storage import is_remote
+from xaibatch.errors import UsageError
 from xaibatch.results import figures
 from xaibatch.results.cube import Group
 from xaibatch.results.figures_images import picture_figure
@@ -17,30 +19,38 @@ from xaibatch.results.frames import open_run
 from xaibatch.results.report_gallery import ReportOptions, make_gallery
 from xaibatch.results.statistics import Summary
 from xaibatch.results.study import Study, make_study
-from xaibatch.results.summary import column_digits, counted
+from xaibatch.results.summary import ALIKE, column_digits, counted
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
-    "†": r"$^\dagger$", "‡": r"$^\ddagger$", "−": "$-$", "–": "--",
+    "°": r"$^\circ$", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "−": "$-$", "–": "--",
 }  # fmt: skip
 
 
 def export(url: str, output: str | Path, *, dots_per_inch: int = 300) -> list[Path]:
     """Write everything into the folder `output`; returns the files, sorted. Figures need no display.
 
-    Tables: `scores` (every row, Parquet), `summary` (by group, explainer, metric), `pairs`, `ranks`, `noise` (CSV and
-    Parquet), `table.tex` and `pairs.tex`. Figures: intervals, distributions, ranks, critical differences and pictures.
-    Raises RunFolderError as a report does.
+    Tables as CSV and Parquet: `scores` (every row), `summary` (by group, explainer, metric), `pairs`, `ranks`, `noise`;
+    as LaTeX: `table.tex`, `table_medians.tex` (the same with a line of medians below each explainer's means) and
+    `pairs.tex`. Figures: intervals, distributions, ranks, critical differences and pictures. Raises RunFolderError as a
+    report does, UsageError for an output that is a URL.
     """
+    if is_remote(str(output)):
+        raise UsageError(f"an export is a local folder, received {str(output)!r}: give a path and copy it there")
+    folder = Path(output)
     run = open_run(url)
     made = make_study(run)
-    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "scores.parquet", folder / "table.tex", folder / "pairs.tex"]
-    pq.write_table(run.scores.arrow(), written[0], compression="zstd")
-    written[1].write_text(latex_scores(made), "utf-8")
-    written[2].write_text(latex_pairs(made), "utf-8")
+    written = []
+    for name, text in (
+        ("table", latex_scores(made)),
+        ("table_medians", latex_scores(made, medians=True)),
+        ("pairs", latex_pairs(made)),
+    ):
+        written.append(folder / f"{name}.tex")
+        written[-1].write_text(text, "utf-8")
+    written += _save_table(_plain(run.scores.arrow()), folder / "scores")
     for name, rows in (
         ("summary", list(summary_rows(made))),
         ("pairs", list(pair_rows(made))),
@@ -48,15 +58,12 @@ def export(url: str, output: str | Path, *, dots_per_inch: int = 300) -> list[Pa
         ("noise", list(noise_rows(made))),
     ):
         if rows:
-            table = pa.Table.from_pylist(rows)
-            pq.write_table(table, folder / f"{name}.parquet")
-            pacsv.write_csv(table, folder / f"{name}.csv")
-            written += [folder / f"{name}.parquet", folder / f"{name}.csv"]
+            written += _save_table(pa.Table.from_pylist(rows), folder / name)
     gallery = make_gallery(run, made, ReportOptions(max_pixels=0))
     for name, draw in _figures(made).items():
         written += _save(draw(), folder / name, dots_per_inch)
-    for choice, name in zip(gallery.choices, ("figure", "cases", "disputed"), strict=False):
-        written += _save(picture_figure(choice, gallery.material), folder / name, dots_per_inch)
+    for choice in gallery.choices:
+        written += _save(picture_figure(choice, gallery.material), folder / choice.name, dots_per_inch)
     return sorted(written)
 
 
@@ -119,14 +126,16 @@ def noise_rows(made: Study) -> Iterator[dict[str, Any]]:
         yield {"explainer": explainer, "metric": metric, **asdict(share)}
 
 
-def latex_scores(made: Study) -> str:
-    """The study's table for `\\usepackage{booktabs}`: overall and by true class, intervals small beside the means."""
+def latex_scores(made: Study, *, medians: bool = False) -> str:
+    """The study's table for `\\usepackage{booktabs}`: overall and by true class, intervals beside the means; with
+    `medians` a line of them below each explainer."""
     groups = [group for group in made.groups if group.kind in {"all", "label"}]
     groups = groups[:1] if len(groups) == 2 else groups
     cube = made.cube
     head = " & ".join(["Explainer", *(latex(f"{m.title} {m.arrow}".strip()) for m in cube.metrics)])
     lines = [
         f"% mean [95% interval], {counted(cube)}" + (", rendered images" if made.synthetic else ""),
+        *([f"% $^\\circ$ {ALIKE}"] if _any_alike(made, groups) else []),
         f"\\begin{{tabular}}{{l{'r' * len(cube.metrics)}}}",
         "\\toprule",
         f"{head} \\\\",
@@ -134,7 +143,10 @@ def latex_scores(made: Study) -> str:
     for group in groups:
         title = f"{group.title} ({int(group.rows_I.sum())})"
         lines += ["\\midrule", f"\\multicolumn{{{len(cube.metrics) + 1}}}{{l}}{{\\emph{{{latex(title)}}}}} \\\\"]
-        lines += [f"{latex(made.titles[e])} & {' & '.join(_latex_cells(made, group, e))} \\\\" for e in cube.explainers]
+        for e in cube.explainers:
+            lines.append(f"{latex(made.titles[e])} & {' & '.join(_latex_cells(made, group, e))} \\\\")
+            if medians:
+                lines.append(f"\\quad median & {' & '.join(_latex_medians(made, group, e))} \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 
@@ -180,8 +192,22 @@ def _latex_cells(made: Study, group: Group, explainer: str) -> list[str]:
         text = f"{s.mean:.{digits}f}{made.marks[group.title].get((explainer, metric.label), '')}"
         if s.interval:
             text += f" [{s.interval.low:.{digits}f}, {s.interval.high:.{digits}f}]"
-        cells.append(latex(text.replace("-", "−")))
+        cells.append(latex((text + ("°" if s.alike else "")).replace("-", "−")))
     return cells
+
+
+def _latex_medians(made: Study, group: Group, explainer: str) -> list[str]:
+    found = made.summaries[group.title]
+    cells = []
+    for metric in made.cube.metrics:
+        digits = column_digits([found[e, metric.label] for e in made.cube.explainers])
+        s = found[explainer, metric.label]
+        cells.append(latex(f"{s.median:.{digits}f}".replace("-", "−")) if s.num_scored else "--")
+    return cells
+
+
+def _any_alike(made: Study, groups: Sequence[Group]) -> bool:
+    return any(s.alike and s.num_scored for group in groups for s in made.summaries[group.title].values())
 
 
 def _figures(made: Study) -> Mapping[str, Callable[[], Figure]]:
@@ -201,6 +227,19 @@ def _figures(made: Study) -> Mapping[str, Callable[[], Figure]]:
             made.rankings, by_metric, made.titles
         )
     return drawn
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Without dictionaries, which CSV does not have."""
+    kinds = [f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in table.schema]
+    return table.cast(pa.schema([f.with_type(kind) for f, kind in zip(table.schema, kinds, strict=True)]))
+
+
+def _save_table(table: pa.Table, stem: Path) -> list[Path]:
+    paths = [stem.with_suffix(".parquet"), stem.with_suffix(".csv")]
+    pq.write_table(table, paths[0], compression="zstd")
+    pacsv.write_csv(table, paths[1])
+    return paths
 
 
 def _save(figure: Figure, stem: Path, dots_per_inch: int) -> list[Path]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import jinja2
 
+from xaibatch.data.storage import is_remote
 from xaibatch.results import figures, report_tables
 from xaibatch.results.cube import ScoreCube
 from xaibatch.results.frames import Run, open_run
 from xaibatch.results.overlay import OverlayOptions, colour_map
+from xaibatch.results.parts import RunFolder
 from xaibatch.results.report_browser import browser_json
 from xaibatch.results.report_facts import facts, failure_lines, notices
 from xaibatch.results.report_figure import tile_grid
@@ -28,7 +30,7 @@ REPORT = "report.html"
 
 
 def write_report(url: str, output: str | Path | None = None, options: ReportOptions | None = None) -> str:
-    """Write the report into the run's folder (`report.html`) or to the local file `output`; returns where it is.
+    """Write the report into the run's folder (`report.html`) or to `output`, a file or any URL; returns where it is.
 
     Raises RunFolderError for a folder without a run or without scores. Images that can no longer be read are replaced
     by their maps alone, and the report says so.
@@ -38,6 +40,10 @@ def write_report(url: str, output: str | Path | None = None, options: ReportOpti
     if output is None:
         run.folder.write_bytes(content, REPORT)
         return run.folder.path(REPORT)
+    if is_remote(str(output)):
+        folder, _, name = str(output).rpartition("/")
+        RunFolder(folder).write_bytes(content, name)
+        return str(output)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(content)
@@ -50,15 +56,15 @@ def render_report(run: Run, options: ReportOptions) -> str:
     gallery = make_gallery(run, made, options)
     predictions = run.predictions.arrow()
     class_names = tuple(run.record.get("model", {}).get("class_names", ()))
-    listed, with_pixels = gallery.listed, gallery.with_pixels
+    seen = {*gallery.with_pixels} & {*gallery.material.pictures}
     context = {
         **_text_context(run, made, gallery.notes),
         **_picture_context(made, gallery),
         "sanity": report_tables.sanity(predictions, class_names, seed=made.seed),
-        "browser_note": _browser_note(
-            len(listed), made.cube.num_images, len({*with_pixels} & {*gallery.material.pictures})
+        "browser_note": _browser_note(made.cube.num_images, len(gallery.with_maps), len(seen)),
+        "data": browser_json(
+            gallery.material, gallery.with_maps, gallery.with_pixels, side=options.thumbnail, floor=made.floor
         ),
-        "data": browser_json(gallery.material, listed, with_pixels, side=options.thumbnail, floor=made.floor),
     }
     return _template("report.html.j2").render(context)
 
@@ -160,16 +166,20 @@ def _scored_note(cube: ScoreCube) -> str:
     return "" if missing else "Every image was scored."
 
 
-def _browser_note(num_listed: int, num_images: int, num_pixels: int) -> str:
-    what = (
-        f"All {num_images:,} images are listed"
-        if num_listed == num_images
-        else f"{num_listed:,} of {num_images:,} images are listed: those shown above and a random sample of the others"
+def _browser_note(num_images: int, num_maps: int, num_pixels: int) -> str:
+    """What the browser has and what was left out of it."""
+    text = f"All {num_images:,} images are listed with all their scores"
+    if num_pixels == num_images:
+        return f"{text}, maps and pixels. Choose one to see all its maps."
+    maps = (
+        "all"
+        if num_maps == num_images
+        else f"{num_maps:,} images (those shown above and a random sample of the others)"
     )
-    if num_pixels == num_listed:
-        return f"{what}, with their pixels. Choose one to see all its maps."
-    some = f"{num_pixels:,} of them with their pixels, the others as maps on black"
-    return f"{what}; {some}. Choose one to see all its maps."
+    return (
+        f"{text}. The file holds the maps of {maps} and the pixels of {num_pixels:,}; a map without its pixels is "
+        "drawn on black. `xaibatch report --images N --maps N` embeds more."
+    )
 
 
 def _colour_key(signed: set[bool]) -> str:

@@ -1,8 +1,11 @@
 """Every image's facts, scores and maps in, one JSON text out that the report's browser of images reads.
 
 Maps travel as their token grids in one byte a value (a map is drawn relative to its own maximum, in steps of 1/255),
-pixels as small grey WebP pictures; the page itself lays one over the other. So a thousand images with ten maps each
-stay below a few megabytes.
+pixels as small grey WebP pictures; the page itself lays one over the other. Scores travel as one row of four-byte
+numbers an explainer and metric. So the scores of a hundred thousand images, and the maps and pixels of some hundreds,
+stay within what a browser opens at once.
+
+Shape letters: M metrics, I images.
 """
 
 import base64
@@ -18,30 +21,30 @@ from xaibatch.results.report_images import StoredMap
 
 
 def browser_json(
-    material: Material, image_ids: Sequence[str], pixel_ids: Sequence[str], *, side: int = 160, floor: str | None = None
+    material: Material,
+    with_maps: Sequence[str],
+    with_pixels: Sequence[str],
+    *,
+    side: int = 160,
+    floor: str | None = None,
 ) -> str:
-    """The browser's data. `pixel_ids` get a thumbnail of at most `side` pixels, where their pixels are at hand."""
+    """The browser's data: every image with its scores, maps and thumbnails (at most `side` pixels) of those named,
+    where they are at hand."""
     cube = material.cube
-    means_EMI = cube.image_means()
-    place = {image_id: row for row, image_id in enumerate(cube.image_ids)}
-    with_pixels = {i for i in pixel_ids if i in material.pictures}
-    images = []
-    for image_id in image_ids:
-        row = place[image_id]
+    classes = sorted({name for names_I in (cube.labels_I, cube.predicted_I) for name in names_I if name is not None})
+    place = {name: number for number, name in enumerate(classes)}
+    maps_of, pixels_of = set(with_maps), set(with_pixels)
+    images: list[list[object]] = []
+    maps, pixels = {}, {}
+    for number, image_id in enumerate(cube.image_ids):
         p = material.probabilities.get(image_id)
-        images.append(
-            {
-                "id": image_id,
-                "label": cube.labels_I[row],
-                "predicted": cube.predicted_I[row],
-                "p": None if p is None else round(p, 4),
-                "scores": [[_rounded(v) for v in means_EMI[e, :, row]] for e in range(len(cube.explainers))],
-                "maps": [_packed(material.maps.get((image_id, e)), material.signed[e]) for e in cube.explainers],
-                "pixels": data_url(_three(thumbnail(material.pictures[image_id].grey_HW, side)), quality=72)
-                if image_id in with_pixels
-                else None,
-            }
-        )
+        label, predicted = place.get(cube.labels_I[number]), place.get(cube.predicted_I[number])
+        images.append([image_id, label, predicted, None if p is None else round(p, 4)])
+        if image_id in maps_of:
+            maps[number] = [_packed(material.maps.get((image_id, e)), material.signed[e]) for e in cube.explainers]
+        if image_id in pixels_of and image_id in material.pictures:
+            small_HW = thumbnail(material.pictures[image_id].grey_HW, side)
+            pixels[number] = data_url(_three(small_HW), quality=72)
     options = OverlayOptions()
     content = {
         "explainers": [
@@ -50,7 +53,11 @@ def browser_json(
         "metrics": [{"title": m.title, "arrow": m.arrow, "sign": m.sign} for m in cube.metrics],
         "colours": {"positive": _colours(False, options), "signed": _colours(True, options)},
         "opacity": {"max": options.max_opacity, "power": options.opacity_power},
+        "classes": classes,
         "images": images,
+        "scores": [[_floats(scores_I) for scores_I in scores_MI] for scores_MI in cube.image_means()],
+        "maps": maps,
+        "pixels": pixels,
     }
     return script_json(content)
 
@@ -84,9 +91,9 @@ def _colours(signed: bool, options: OverlayOptions) -> str:
     return base64.b64encode(np.round(255 * rgb).astype(np.uint8).tobytes()).decode()
 
 
-def _rounded(value: float) -> float | None:
-    """Six significant digits are more than a screen shows."""
-    return float(f"{value:.6g}") if np.isfinite(value) else None
+def _floats(scores_I: NDArray[np.float64]) -> str:
+    """Base64 of little-endian float32, NaN where an image is not scored: seven digits are more than a screen shows."""
+    return base64.b64encode(scores_I.astype("<f4").tobytes()).decode()
 
 
 def _three(grey_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:

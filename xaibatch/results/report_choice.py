@@ -20,8 +20,10 @@ from xaibatch.results.report_images import StoredMap
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Some images in the order in which they are shown, the rule that chose them, and one remark an image."""
+    """Some images in the order in which they are shown, the rule that chose them, and one remark an image. `name`: of
+    the file that shows them."""
 
+    name: str
     title: str
     rule: str
     image_ids: tuple[str, ...]
@@ -42,6 +44,7 @@ def typical(cube: ScoreCube, num_images: int, without: str | None) -> Choice:
         distance = np.where(np.isfinite(away_IM).any(1), np.where(np.isfinite(away_IM), away_IM, 0).sum(1), np.inf)
         chosen += [cube.image_ids[rows[k]] for k in np.argsort(distance, kind="stable")[:each]]
     return Choice(
+        name="figure",
         title="Typical images by class",
         rule="of each true class, the rightly predicted images whose scores (mean over explainers) are nearest to the "
         "class's median",
@@ -62,6 +65,7 @@ def best_and_worst(cube: ScoreCube, num_each: int, without: str | None) -> Choic
         return None
     best, worst = rows[:num_each], rows[::-1][:num_each]
     return Choice(
+        name="cases",
         title="Best and worst cases",
         rule=f"the {num_each} images on which explanations score best and worst in {metric.title} {metric.arrow}, "
         "averaged over explainers after scaling each to its own spread",
@@ -78,12 +82,18 @@ def disagreements(
     if len(explainers) < 2:
         return None
     agreement = {i: map_agreement([maps[i, e].grid_hw for e in explainers if (i, e) in maps]) for i in cube.image_ids}
+    compared = sum(any((i, e) in maps for e in explainers) for i in cube.image_ids)
+    among = (
+        "" if compared == cube.num_images else f"among {compared:,} of {cube.num_images:,} images, drawn at random: "
+    )
     order = sorted((i for i in agreement if np.isfinite(agreement[i])), key=lambda i: (agreement[i], i))[:num_images]
     if not order:
         return None
     return Choice(
+        name="disputed",
         title="Where explainers disagree",
-        rule="the images with the lowest mean rank correlation (Spearman) between the maps of different explainers",
+        rule=f"{among}the images with the lowest mean rank correlation (Spearman) between the maps of different "
+        "explainers",
         image_ids=tuple(order),
         remarks=tuple(f"ρ = {agreement[i]:.2f}" for i in order),
     )

@@ -26,11 +26,12 @@ class ReportOptions(Options):
     num_disputed: int = Field(default=6, ge=0)
     """Images on which explainers disagree."""
 
-    max_pixels: int = Field(default=200, ge=0)
-    """Images whose pixels are embedded for the browser; more make the file heavy."""
+    max_pixels: int = Field(default=500, ge=0)
+    """Images whose pixels are embedded for the browser, about 3 kB each."""
 
-    max_listed: int = Field(default=2000, ge=1)
-    """Images that the browser lists, with scores and maps."""
+    max_maps: int = Field(default=2000, ge=1)
+    """Images whose maps are embedded for the browser, about 0.3 kB each and explainer; at least those with pixels. All
+    images are listed with all their scores, 5 bytes a score."""
 
     thumbnail: int = Field(default=160, ge=32)
     """Longer side of an embedded radiograph in the browser, in pixels."""
@@ -38,12 +39,12 @@ class ReportOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """choices: typical images first, then extreme and disputed ones, none empty; listed: ids in the browser;
-    with_pixels: those of them whose pixels are embedded; notes: what the reader must know about missing pixels."""
+    """choices: typical images first, then extreme and disputed ones, none empty; with_maps: ids whose maps the browser
+    has; with_pixels: those of them whose pixels are embedded; notes: what the reader must know about missing pixels."""
 
     choices: tuple[Choice, ...]
     material: Material
-    listed: tuple[str, ...]
+    with_maps: tuple[str, ...]
     with_pixels: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -53,12 +54,12 @@ def make_gallery(run: Run, made: Study, options: ReportOptions) -> Gallery:
     cube = made.cube
     choices = [typical(cube, options.num_typical, made.floor), best_and_worst(cube, options.num_extreme, made.floor)]
     leading = [i for choice in choices if choice for i in choice.image_ids]
-    listed = listed_images(cube.image_ids, leading, options.max_listed, made.seed)
-    maps = load_maps(run, listed)
+    with_maps = chosen_images(cube.image_ids, leading, max(options.max_maps, options.max_pixels), made.seed)
+    maps = load_maps(run, with_maps)
     choices.append(disagreements(cube, maps, options.num_disputed, made.floor))
     kept = tuple(choice for choice in choices if choice is not None and choice.image_ids)
     shown = list(dict.fromkeys(i for choice in kept for i in choice.image_ids))
-    with_pixels = listed_images(listed, shown, options.max_pixels, made.seed)
+    with_pixels = chosen_images(with_maps, shown, options.max_pixels, made.seed)
     pictures = load_pictures(run, [*shown, *with_pixels])
     rows = run.predictions.arrow(["image_id", "predicted", "probabilities"]).to_pylist()
     material = Material(
@@ -71,11 +72,15 @@ def make_gallery(run: Run, made: Study, options: ReportOptions) -> Gallery:
         outline=outline_of(pictures.found.values()),
     )
     return Gallery(
-        choices=kept, material=material, listed=tuple(listed), with_pixels=tuple(with_pixels), notes=pictures.notes
+        choices=kept,
+        material=material,
+        with_maps=tuple(with_maps),
+        with_pixels=tuple(with_pixels),
+        notes=pictures.notes,
     )
 
 
-def listed_images(image_ids: Sequence[str], first: Sequence[str], limit: int, seed: int) -> list[str]:
+def chosen_images(image_ids: Sequence[str], first: Sequence[str], limit: int, seed: int) -> list[str]:
     """At most `limit` images: those of `first`, then a seeded sample of the others; in the order of `image_ids`."""
     if len(image_ids) <= limit:
         return list(image_ids)

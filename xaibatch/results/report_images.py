@@ -96,6 +96,7 @@ def _records(run: Run, wanted: Sequence[str]) -> tuple[list[ImageRecord], tuple[
     """The data set's own records (with masks and twins), or, where the set cannot be opened, the paths that the run
     noted."""
     from xaibatch.data.dataset import open_dataset
+    from xaibatch.data.findings import FindingOptions
 
     data = run.record["data"]
     configured: Mapping[str, Any] = run.config.get("data", {})
@@ -105,6 +106,7 @@ def _records(run: Run, wanted: Sequence[str]) -> tuple[list[ImageRecord], tuple[
             layout=data.get("layout", "auto"),
             split=data.get("split"),
             allow_outside_root=configured.get("allow_outside_root", False),
+            findings=FindingOptions.model_validate(configured.get("findings") or {}),
         )
     except (XaibatchError, OSError):
         return _records_of_predictions(run, wanted), (

@@ -43,6 +43,17 @@
   const option = function (select, value, text) { const o = document.createElement("option"); o.value = value; o.textContent = text; select.appendChild(o); };
   data.explainers.forEach(function (e, i) { option($("b-explainer"), i, e.title); });
   data.metrics.forEach(function (m, i) { option($("b-metric"), i, (m.title + " " + m.arrow).trim()); });
+  data.images = data.images.map(function (row, place) {
+    const name = function (k) { return k === null ? null : data.classes[k]; };
+    return { place: place, id: row[0], label: name(row[1]), predicted: name(row[2]), p: row[3], maps: data.maps[place] || data.explainers.map(function () { return null; }), pixels: data.pixels[place] || null };
+  });
+  const columns = new Map();
+  function scoreOf(item, e, m) {
+    const key = e + "," + m;
+    if (!columns.has(key)) columns.set(key, new DataView(bytes(data.scores[e][m]).buffer));
+    const value = columns.get(key).getFloat32(4 * item.place, true);
+    return Number.isNaN(value) ? null : Number(value.toPrecision(7));
+  }
   const names = function (key) { return Array.from(new Set(data.images.map(function (i) { return i[key]; }).filter(function (v) { return v !== null; }))).sort(); };
   names("label").forEach(function (v) { option($("b-label"), v, v); });
   names("predicted").forEach(function (v) { option($("b-predicted"), v, v); });
@@ -97,16 +108,17 @@
   function chosen() {
     const e = Number($("b-explainer").value), m = Number($("b-metric").value), order = $("b-order").value;
     const low = $("b-low").value, high = $("b-high").value, text = $("b-text").value.toLowerCase();
-    const score = function (item) { return item.scores[e][m]; };
+    const score = function (item) { return scoreOf(item, e, m); };
     const found = data.images.filter(function (item) {
       const s = score(item);
+      item.score = s;
       return (!$("b-label").value || item.label === $("b-label").value) && (!$("b-predicted").value || item.predicted === $("b-predicted").value) &&
         (!$("b-outcome").value || outcome(item) === $("b-outcome").value) && (low === "" || (s !== null && s >= Number(low))) &&
         (high === "" || (s !== null && s <= Number(high))) && item.id.toLowerCase().includes(text);
     });
     const sign = (data.metrics[m].sign || 1) * (order === "worst" ? -1 : 1);
     found.sort(function (a, b) {
-      const x = score(a), y = score(b);
+      const x = a.score, y = b.score;
       if (order !== "name" && x !== y) return x === null ? 1 : y === null ? -1 : sign * (y - x);
       return a.id < b.id ? -1 : a.id > b.id ? 1 : 0;
     });
@@ -121,7 +133,7 @@
       const canvas = element("canvas", "", card);
       canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", data.explainers[e].title + " on " + item.id);
       paint(canvas, item, e, 160);
-      element("b", number(item.scores[e][m]), card).title = data.metrics[m].title;
+      element("b", number(scoreOf(item, e, m)), card).title = data.metrics[m].title;
       element("span", item.label === null ? "no label" : item.label, card);
       element("span", said(item), card, outcome(item) === "wrong" ? "wrong" : "").title = said(item);
       element("span", item.id, card).title = item.id;
@@ -132,7 +144,7 @@
   }
   function open(item) {
     $("b-title").textContent = item.id;
-    $("b-facts").textContent = (item.label === null ? "no label" : "true class " + item.label) + "; " + said(item) + (item.pixels === null ? "; the pixels are not in this file" : "");
+    $("b-facts").textContent = (item.label === null ? "no label" : "true class " + item.label) + "; " + said(item) + (data.maps[item.place] ? "" : "; its maps are not in this file") + (item.pixels === null ? "; its pixels are not in this file" : "");
     const views = $("b-views");
     views.replaceChildren();
     const plain = element("figure", "", views);
@@ -144,7 +156,7 @@
       paint(canvas, item, e, 160);
       element("figcaption", explainer.title + (item.maps[e] === null ? " (no map to show)" : ""), figure);
       const table = element("table", "", figure);
-      data.metrics.forEach(function (metric, m) { const row = element("tr", "", table); element("td", metric.title, row).style.textAlign = "left"; element("td", number(item.scores[e][m]), row); });
+      data.metrics.forEach(function (metric, m) { const row = element("tr", "", table); element("td", metric.title, row).style.textAlign = "left"; element("td", number(scoreOf(item, e, m)), row); });
     });
     $("b-dialog").showModal();
   }
