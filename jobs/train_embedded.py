@@ -2,6 +2,8 @@
 
     python jobs/train_embedded.py --work build/embedded --output build/embedded/vit_tiny_synthetic.safetensors
 
+Not by the training job, and why: see xaibatch/training/shipped.py.
+
 The 48 radiographs themselves: python jobs/simulate.py --num 48 --seed 48 --output xaibatch/embedded/radiographs \\
     --set 'split_shares={"test": 1.0}'
 """

@@ -138,5 +138,6 @@ def test_record_states_the_held_out_accuracy():
     assert held_out["num_films"] == 240
     assert held_out["accuracy"] >= 0.9
     assert min(held_out["recall"].values()) >= 0.8
+    assert record["deviation"] == shipped.DEVIATION  # it is not the training job's loop, and says so
     confusion = np.array(record["detail"]["confusion"])
     assert np.trace(confusion) / confusion.sum() == pytest.approx(held_out["accuracy"])

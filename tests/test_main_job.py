@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tests.toy import CLASSES, MODEL, toy_images
 from xaibatch.cli import main
 from xaibatch.cli.evaluate import config_path, named_configs
-from xaibatch.config import ALIASES, load_config, select
+from xaibatch.config import ALIASES, load_config, parse_setting, select
 from xaibatch.errors import ConfigError
 from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.models.load import load_model
@@ -249,6 +249,8 @@ def test_an_alias_takes_the_preset_s_options() -> None:
     paper = load_config(config_path("paper"), {"explainers.attention_rollout.discard_ratio": 0.25})
     chosen = select(paper, explainers=["attention_rollout"]).explainers
     assert chosen == {"attention_rollout_mean": {"normalisation": "study", "discard_ratio": 0.25}}
+    floor = load_config(config_path("paper"), dict([parse_setting("explainers.random={}")])).explainers
+    assert floor == {**load_config(config_path("paper")).explainers, "random": {}}  # as paper.yaml's head has it
     for alias, name in ALIASES.items():
         assert resolve_explainer(alias) is resolve_explainer(name)
 

@@ -1,4 +1,4 @@
-"""A model that cheats by the simulator's marker is shown up: from the set's files to the score on the shortcut's mask."""
+"""A model that cheats by the simulator's marker is shown up: from a set's files to scores on the shortcut's mask."""
 
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def test_an_explainer_shows_that_the_model_cheats(cheating_set: Path, cheater: P
     area = marks.shortcut_marker(SIZE).mean()
     on_marker = table[table.metric == "on_shortcut"]
     carrying = on_marker.mask_shortcut.notna()
-    assert 3 < carrying.groupby(on_marker.explainer).sum().min()
+    assert carrying.groupby(on_marker.explainer).sum().min() > 3
     assert set(on_marker[carrying].status) == {"ok"} and set(on_marker[~carrying].status) == {"missing_mask"}
     found = on_marker[carrying].groupby("explainer").score.mean()
     assert found["transformer_lrp"] > 4 * area

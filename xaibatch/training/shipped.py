@@ -1,5 +1,9 @@
 """A work folder comes in; the embedded classifier, made again from rendered poses, goes out with its held-out accuracy.
 
+This loop is not the training job's (`training/fit.py`, which Ray Train runs). That one trains on single labelled
+images; the curriculum here needs a pose's lesion films and their twin in one step, under one augmentation and one
+choice of patches, and a loss between their logits: see `training/twins.py`. Single images left a small ViT near chance.
+
 Shape letters: P poses, T films of a pose (two COVID-like, two pneumonia-like, the lesion-free twin last), H W pixels.
 """
 
@@ -30,6 +34,11 @@ TRAIN_POSES: Final = (*range(300), *range(380, 780))
 """Poses that the shipped classifier was trained on."""
 HELD_OUT_SEED: Final = 12
 HELD_OUT_POSES: Final = tuple(range(80))
+DEVIATION: Final = (
+    "trained by a loop of its own (training/shipped.py), not by the training job (jobs/train.py), whose batches of "
+    "single images cannot hold a pose's films together with their twin"
+)
+"""For the record: where this classifier was made otherwise than a user's would be."""
 EMBEDDED_SEED: Final = 48
 """Seed of the 48 embedded radiographs: no pose is shared with training."""
 MEAN: Final = 0.5218
@@ -97,6 +106,7 @@ def write_shipped(
         "model": "vit_tiny_patch16_224",
         "notice": "synthetic, not for clinical use",
         "made_by": "jobs/train_embedded.py: from scratch, on simulated radiographs and their twins, no masks",
+        "deviation": DEVIATION,
         "poses": f"{len(TRAIN_POSES)} of seed {TRAIN_SEED}",
         "seed": seed,
         "recipe": recipe.model_dump(mode="json"),
