@@ -206,6 +206,25 @@ def test_a_changed_prediction_is_told_apart() -> None:
     assert CHANGED_PREDICTION in [outcome.status for outcome in outcomes_of(metric, bench)]
 
 
+@pytest.mark.parametrize("name", ["RelativeInputStability", "RelativeOutputStability"])
+def test_an_undefined_value_is_no_changed_prediction(name: str) -> None:
+    """Where the option is on by default. The same noise changes no prediction here, but one map of a copy is NaN."""
+    bench = Bench(num=3).explained()
+    metric = resolve_metric(f"quantus:{name}")(nr_samples=2)
+    small = {"perturb_func_kwargs": {"lower_bound": 1e-5, "upper_bound": 2e-5}}
+    calm = resolve_metric(f"quantus:{name}")(nr_samples=2, **small)
+    assert [outcome.status for outcome in outcomes_of(calm, bench)] == [OK] * 3
+
+    def broken(x: Any, y: Any, keys: Any, model: Any) -> np.ndarray:
+        maps = gradient_map(bench.model, x, y)
+        return maps * np.nan if keys[0].image_id == "image-1" else maps
+
+    assert [o.status for o in outcomes_of(calm, bench, explain=broken)] == [OK, ZERO_DENOMINATOR, OK]
+    wild = resolve_metric(f"quantus:{name}")(nr_samples=3, perturb_func_kwargs={"lower_bound": -9, "upper_bound": 9})
+    assert CHANGED_PREDICTION in [outcome.status for outcome in outcomes_of(wild, bench)]
+    assert {o.status for o in outcomes_of(metric, bench)} <= {OK, CHANGED_PREDICTION}
+
+
 def test_nothing_global_is_left_changed_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     bench = Bench(num=1)
     np.random.seed(5)  # noqa: NPY002
@@ -317,7 +336,7 @@ def test_a_model_with_hooks_fails_in_stock_quantus_and_not_with_gradients_allowe
     near(bench.quantus("FaithfulnessEstimate", features_in_step=128), plain, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["MPRT", "EfficientMPRT"])
+@pytest.mark.parametrize("name", ["MPRT", "EfficientMPRT", "RelativeRepresentationStability"])
 def test_metrics_that_load_a_model_with_hooks_run_through_the_adapter(name: str) -> None:
     bench = Bench(num=1).explained()
     metric = resolve_metric(f"quantus:{name}")(**SMALL.get(name, {}))
@@ -326,6 +345,26 @@ def test_metrics_that_load_a_model_with_hooks_run_through_the_adapter(name: str)
     (hooked,) = outcomes_of(metric, bench)
     assert hooked.status == OK
     near(hooked.value, plain.value, 1e-6)
+
+
+def test_hooks_on_layers_see_readable_outputs_and_stay_as_they_were() -> None:
+    """A hook that needs the graph keeps it; one that makes an array of the output gets it detached."""
+    model = Hooked().eval()
+    seen: dict[str, Any] = {}
+    model.net.hidden.register_forward_hook(lambda _, inputs, output: seen.update(graph=output.requires_grad))
+    model.net.head.register_forward_hook(lambda _, inputs, output: seen.update(array=output.numpy()))
+    hooks = [dict(module._forward_hooks) for module in model.modules()]
+    with torch.no_grad():
+        gradients_allowed(model)(torch.zeros(1, 3, 32, 32))
+    assert seen["graph"] is True and seen["array"].shape == (1, 3)
+    assert [dict(module._forward_hooks) for module in model.modules()] == hooks
+
+    def failing(_: Any, inputs: Any, output: Any) -> None:
+        raise RuntimeError("mine")
+
+    model.net.head.register_forward_hook(failing)
+    with pytest.raises(RuntimeError, match="mine"):
+        gradients_allowed(model)(torch.zeros(1, 3, 32, 32))
 
 
 def test_allowing_gradients_leaves_the_model_as_it_was() -> None:

@@ -9,7 +9,7 @@ from tests.metrics_oracle import MAP_KINDS, Bench, near, some_masks, stable_sort
 from tests.test_metrics_captured import golden_view, study_map
 from xaibatch.maps import MapOptions
 from xaibatch.metrics import METRICS
-from xaibatch.types import ALL_ZERO_MAP, MISSING_MASK, NAN_MAP, ZERO_DENOMINATOR
+from xaibatch.types import ALL_ZERO_MAP, MISSING_MASK, NAN_MAP, NEGATIVE_MAP, ZERO_DENOMINATOR
 
 KINDS = sorted(MAP_KINDS)
 
@@ -180,6 +180,19 @@ def test_relevance_outside_the_lungs_counts_positive_relevance_before_normalisat
     assert metric.score(bench.view(0, map_options=MapOptions(normalise="min_max"))) == 0.25
     bench.maps = -np.abs(bench.maps)
     assert status_of(lambda: bench.native(metric, 0)) == ZERO_DENOMINATOR
+
+
+def test_negative_relevance_that_leaves_a_share_undefined_is_named() -> None:
+    """Entropy of a negative share; a mask that holds more than the whole; a signed map whose sum is mere rounding."""
+    bench = Bench(num=1, masks=np.kron([[[True, True], [False, False]]], np.ones((16, 16), bool)))
+    bench.maps = np.kron(np.array([[[3.0, -1.0], [-1.0, 0.0]]]), np.ones((16, 16)))
+    assert status_of(lambda: bench.native(METRICS["complexity"](abs=False), 0)) == NEGATIVE_MAP
+    assert status_of(lambda: bench.native(METRICS["attribution_localisation"](abs=False), 0)) == NEGATIVE_MAP
+    near(bench.native(METRICS["relevance_mass_accuracy"](), 0), 2.0, 1e-12)
+    bench.maps = np.kron(np.array([[[0.1, 0.2], [-0.3, 0.0]]]), np.ones((16, 16)))
+    assert bench.maps.sum() != 0
+    for name in ("relevance_mass_accuracy", "attribution_localisation"):
+        assert status_of(lambda name=name: bench.native(METRICS[name](abs=False), 0)) == ZERO_DENOMINATOR
 
 
 MAP_METRICS = (*COMPLEXITY, *LOCALISATION, "relevance_outside_lungs")

@@ -20,9 +20,12 @@ MISSING_MASK: Final = "missing_mask"
 CHANGED_PREDICTION: Final = "changed_prediction"
 MISSING_LABEL: Final = "missing_label"
 MISSING_TWIN: Final = "missing_twin"
+NEGATIVE_MAP: Final = "negative_map"
+"""The map has negative values, for which the metric is not defined."""
 ERROR: Final = "error"
 STATUSES: Final = (
-    OK, ALL_ZERO_MAP, NAN_MAP, ZERO_DENOMINATOR, MISSING_MASK, CHANGED_PREDICTION, MISSING_LABEL, MISSING_TWIN, ERROR,
+    OK, ALL_ZERO_MAP, NAN_MAP, ZERO_DENOMINATOR, MISSING_MASK, CHANGED_PREDICTION, MISSING_LABEL, MISSING_TWIN,
+    NEGATIVE_MAP, ERROR,
 )  # fmt: skip
 """Every status a row of `scores` may carry; all but `ok` come with a null score and a reason."""
 

@@ -10,7 +10,8 @@ import numpy as np
 from xaibatch.errors import NotScoredError
 from xaibatch.metrics.base import METRICS, MapMetric, MapView
 from xaibatch.metrics.reading import MapReading, read_map
-from xaibatch.types import ZERO_DENOMINATOR
+from xaibatch.metrics.similarity import FLAT
+from xaibatch.types import NEGATIVE_MAP, ZERO_DENOMINATOR
 
 
 class ComplexityOptions(MapReading):
@@ -39,7 +40,7 @@ class Sparseness(MapMetric):
     def score(self, view: MapView) -> float:
         sorted_N = np.sort(read_map(view.pixels_HW, self.options), axis=None) + self.OFFSET
         n, total = sorted_N.size, sorted_N.sum()
-        if total == 0:
+        if abs(total) <= FLAT * np.abs(sorted_N).sum():
             raise NotScoredError(ZERO_DENOMINATOR, "the signed map sums to zero")
         return float((2 * np.arange(1, n + 1) - n - 1) @ sorted_N / (n * total))
 
@@ -64,7 +65,7 @@ class Complexity(MapMetric):
         values = read_map(view.pixels_HW, self.options)
         share = values / np.abs(values).sum()
         if (share < 0).any():
-            raise NotScoredError(ZERO_DENOMINATOR, "the entropy of a map with negative values is undefined: set abs")
+            raise NotScoredError(NEGATIVE_MAP, "the entropy of a map with negative values is undefined: set abs")
         return float(-(share * np.log(share + self.OFFSET)).sum())
 
 

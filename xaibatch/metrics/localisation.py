@@ -13,10 +13,10 @@ from xaibatch.errors import NotScoredError
 from xaibatch.metrics.base import METRICS, MapMetric, MapView
 from xaibatch.metrics.curves import order_of
 from xaibatch.metrics.reading import MapReading, positive_mass, read_map
-from xaibatch.metrics.similarity import mean_ranks
+from xaibatch.metrics.similarity import FLAT, mean_ranks
 from xaibatch.metrics.ties import levels
 from xaibatch.options import Options
-from xaibatch.types import ZERO_DENOMINATOR
+from xaibatch.types import NEGATIVE_MAP, ZERO_DENOMINATOR
 
 
 class MaskedMap(MapReading):
@@ -104,7 +104,7 @@ class RelevanceMassAccuracy(LocalisationMetric):
 
     def score(self, view: MapView) -> float:
         values_N, mask_N = self.read(view)
-        return _ratio(float(values_N[mask_N].sum()), float(values_N.sum()), "the signed map sums to zero")
+        return _share(values_N, mask_N, "the signed map sums to zero")
 
 
 @METRICS.register("relevance_rank_accuracy")
@@ -148,10 +148,9 @@ class AttributionLocalisation(LocalisationMetric):
         values_N, mask_N = self.read(view)
         if self.options.positive_attributions:
             values_N = np.maximum(values_N, 0)
-        inside, total = float(values_N[mask_N].sum()), float(values_N.sum())
-        share = _ratio(inside, total + self.OFFSET * bool(total), "no relevance to localise")
+        share = _share(values_N, mask_N, "no relevance to localise", self.OFFSET)
         if share > 1:
-            raise NotScoredError(ZERO_DENOMINATOR, f"relevance in the mask ({inside:g}) exceeds the total ({total:g})")
+            raise NotScoredError(NEGATIVE_MAP, f"{share:g} of the relevance lies in the mask: negative values cancel")
         return share / float(mask_N.mean()) if self.options.weighted else share
 
 
@@ -202,10 +201,12 @@ class RelevanceOutsideLungs(MapMetric):
     def score(self, view: MapView) -> float:
         mask_HW = view.mask(self.options.mask)
         mass_HW = positive_mass(view)
-        return _ratio(float(mass_HW[~mask_HW].sum()), float(mass_HW.sum()), "the map has no positive relevance")
+        return _share(mass_HW, ~mask_HW, "the map has no positive relevance")
 
 
-def _ratio(part: float, total: float, reason: str) -> float:
-    if total == 0:
+def _share(values: NDArray[np.float64], chosen: NDArray[np.bool_], reason: str, offset: float = 0.0) -> float:
+    """Sum of the chosen values over the sum of all, which must be more than the rounding of values that cancel."""
+    total = float(values.sum())
+    if abs(total) <= FLAT * float(np.abs(values).sum()):
         raise NotScoredError(ZERO_DENOMINATOR, reason)
-    return part / total
+    return float(values[chosen].sum()) / (total + offset)

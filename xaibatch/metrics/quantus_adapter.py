@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+_NULL_OPTION = "return_nan_when_prediction_changes"
+"""Quantus's option of sensitivities and stabilities."""
+
 
 class QuantusOptions(Options):
     """Keyword arguments of the Quantus class, passed on as they are (functions by their name), and three of ours."""
@@ -199,7 +202,8 @@ def score_with_quantus(
     outcomes: list[Outcome | None] = [_refused(metric, row, maps, masks) for row in range(len(maps))]
     open_rows = [row for row, outcome in enumerate(outcomes) if outcome is None]
     calls = [open_rows] if metric.facts.across_images else [[row] for row in open_rows]
-    for rows in filter(None, calls):
+
+    def scored(metric: QuantusMetric, rows: list[int]) -> list[Outcome]:
         call = {
             "model": model,
             "x_batch": np.array(x_BCHW[rows]),
@@ -214,7 +218,14 @@ def score_with_quantus(
         }
         if metric.options.softmax is not None:
             call["softmax"] = metric.options.softmax
-        for row, outcome in zip(rows, _called(metric, call, keys[rows[0]], num_classes), strict=True):
+        return _called(metric, call, keys[rows[0]], num_classes)
+
+    for rows in filter(None, calls):
+        done = scored(metric, rows)
+        if done[0].status == CHANGED_PREDICTION:  # Quantus gives NaN for an undefined value too: told apart without it
+            regardless = scored(_regardless_of_prediction(metric), rows)
+            done = done if regardless[0].value is not None else regardless
+        for row, outcome in zip(rows, done, strict=True):
             outcomes[row] = outcome
     return [outcome or Outcome(None, ERROR, "not scored") for outcome in outcomes]
 
@@ -256,15 +267,17 @@ def _called(metric: QuantusMetric, call: dict[str, Any], key: DrawKey, num_class
 def _outcome(value: float, quantus_object: Any) -> Outcome:
     if np.isfinite(value):
         return Outcome(value)
-    if _null_on_changed_prediction(quantus_object):
-        return Outcome(
-            None, CHANGED_PREDICTION, f"Quantus returned {value}: a changed prediction or a zero denominator"
-        )
+    if np.isnan(value) and _null_on_changed_prediction(quantus_object):
+        return Outcome(None, CHANGED_PREDICTION, f"Quantus returned {value}: a copy has another predicted class")
     return Outcome(None, ZERO_DENOMINATOR, f"Quantus returned {value}")
 
 
+def _regardless_of_prediction(metric: QuantusMetric) -> QuantusMetric:
+    return type(metric)(**{**metric.options.model_dump(), _NULL_OPTION: False})
+
+
 def _null_on_changed_prediction(quantus_object: Any) -> bool:
-    name = "return_nan_when_prediction_changes"
+    name = _NULL_OPTION
     checks = (getattr(quantus_object, f"changed_prediction_indices{end}", None) for end in ("", "_func"))
     return bool(getattr(quantus_object, name, False)) or any(
         getattr(c, "keywords", {}).get(name, False) for c in checks
