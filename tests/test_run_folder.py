@@ -16,15 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 
 from tests.engine_cluster import assert_same_rows
 from tests.toy import CLASSES, MODEL, Watch, toy_config, toy_images
+from xaibatch.cluster.driver import run_on_ray
 from xaibatch.config import RunConfig
 from xaibatch.errors import EngineError, RunFolderError, UsageError
 from xaibatch.pipeline import session_record
 from xaibatch.pipeline.local import run_local
-from xaibatch.pipeline.run import Outcome, evaluate
+from xaibatch.pipeline.run import Outcome, evaluate, preview
 from xaibatch.results.compact import compact
 from xaibatch.results.frames import open_run
 from xaibatch.results.lock import LOCK
@@ -230,6 +232,18 @@ def test_the_seal_is_in_the_footer(finished: Path) -> None:
     seal = json.loads(metadata[SEAL])
     assert seal["run"] == json.loads((finished / RECORD).read_text())["id"] != ""
     assert (seal["table"], seal["part"]) == ("maps", "shard-00001")
+
+
+def test_a_preview_counts_what_is_missing(data: Path, weights: Path, copy: Path) -> None:
+    """Also of a run that was compacted, and without touching it."""
+    assert preview(config(data, weights, copy)).num_cells == 0
+    part(copy, "maps", 1).unlink()
+    assert preview(config(data, weights, copy)).num_cells == 1
+    run(config(data, weights, copy))
+    compact(str(copy))
+    before = sorted(copy.rglob("*"))
+    assert preview(config(data, weights, copy)).num_cells == 0
+    assert sorted(copy.rglob("*")) == before
 
 
 # -- the model and the data
@@ -454,6 +468,25 @@ def test_a_run_that_lost_its_folder_stops(
     (output / LOCK).unlink()
     assert run(config(data, weights, output)).ok
     assert_same_rows(str(output), str(finished))
+
+
+def test_the_ray_engine_too_stops(
+    cluster: Cluster, data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver asks before each shard that it opens and whenever it looks at its replicas."""
+    locks: list[Any] = []
+    monkeypatch.setattr("xaibatch.pipeline.run.RunLock", lambda folder: locks.append(quick_lock(folder)) or locks[0])
+
+    class Robbed(Watch):
+        def done(self, report: Any) -> None:
+            super().done(report)
+            locks[0].lost = True
+
+    watch, settings = Robbed(), {"engine__threads": 1, "engine__shards_in_flight": 1, "engine__replicas": 1}
+    with pytest.raises(EngineError, match="another run took over the run folder"):
+        evaluate(config(data, weights, tmp_path / "run", **settings), run_on_ray, watch)
+    assert len(watch.reports) < 2 * SHARDS
+    assert json.loads((tmp_path / "run" / RECORD).read_text())["sessions"][0]["state"] == "running"
 
 
 def quick_lock(folder: RunFolder) -> Any:

@@ -99,7 +99,7 @@ def preview(config: RunConfig) -> Estimate:
     dataset = choose_images(config)
     folder = RunFolder(config.output or f"runs/{_name(config, dataset)}")
     record = _new_record(config, folder, dataset)
-    job = job_of(record, config, folder)
+    job = job_of(record | {"id": folder.run_id()}, config, folder)  # whose parts are there already, if any
     return estimate(job, pending(job, shards(dataset.records, config.engine.images_per_shard(len(dataset)))), record)
 
 
@@ -157,7 +157,7 @@ def _left_out(folder: RunFolder, path: str, problem: str) -> None:
 
 
 def _new_record(config: RunConfig, folder: RunFolder, dataset: DataSet) -> dict[str, Any]:
-    if folder.parts("scores") or folder.parts("maps"):
+    if not folder.exists(RECORD) and (folder.parts("scores") or folder.parts("maps")):
         raise RunFolderError(f"{folder.url!r} has results but no {RECORD}: choose another --output")
     from xaibatch.pipeline.facts import settle_model  # torch: a finished run answers without
 

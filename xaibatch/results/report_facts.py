@@ -56,7 +56,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
             + (f" of {data['num_patients']:,} patients" if data.get("num_patients") else ""),
         ),
         ("true classes", classes),
-        ("data checksum", data.get("checksum")),
+        ("data checksum", " of ".join(str(data[key]) for key in ("checksum", "checksum_of") if data.get(key))),
         ("explained class", config.get("target")),
         ("maps", _flat(config.get("maps", {}))),
         ("repeats", config.get("repeats")),
@@ -116,6 +116,8 @@ def _work(sessions: Any) -> str:
     seconds = sum(float(session.get("seconds", 0)) for session in sessions)
     passes = sum(int(session.get("num_forward_passes", session.get("forward_passes", 0)) or 0) for session in sessions)
     text = f"{seconds:,.0f} s in {len(sessions)} session{'s' if len(sessions) > 1 else ''}"
+    killed = sum(session.get("state") in ("killed", "running") for session in sessions)
+    text += f" ({killed} killed: counted until shortly before)" if killed else ""
     return text + (f", {passes:,} forward passes" if passes else "")
 
 
