@@ -282,6 +282,19 @@ def test_the_page_says_what_was_run_and_what_was_found(page, run_url):
     assert "images are synthetic" not in text
 
 
+def test_findings_name_all_who_share_the_best_mean(tmp_path):
+    same = {(e, "pointing_game"): 9.0 for e in ("lime", "rollout")}  # both hit every lesion
+    make_run(
+        tmp_path / "run", Design(explainers=("attn_lrp", "lime", "rollout"), metrics=("pointing_game",), shifts=same)
+    )
+    text = Path(write_report(str(tmp_path / "run"))).read_text("utf-8")
+    assert "Pointing game ↑: LIME and Attention rollout share the best mean, 1.00" in text
+
+
+def test_the_figure_says_which_class_its_maps_explain(page):
+    assert "Every map explains the class that the model predicts for that image" in page
+
+
 def test_hostile_names_come_out_as_text(page):
     assert "<script>window.broken" not in page
     assert "&lt;script&gt;window.broken" in page

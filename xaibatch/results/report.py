@@ -28,6 +28,12 @@ from xaibatch.results.summary import ALIKE, counted
 
 REPORT = "report.html"
 
+EXPLAINED = {
+    "predicted": "Every map explains the class that the model predicts for that image; p is its probability.",
+    "label": "Every map explains the true class of its image; p is the probability of the predicted class.",
+}
+"""What the pictures are of, by the run's `target`."""
+
 
 def write_report(url: str, output: str | Path | None = None, options: ReportOptions | None = None) -> str:
     """Write the report into the run's folder (`report.html`) or to `output`, a file or any URL; returns where it is.
@@ -59,7 +65,7 @@ def render_report(run: Run, options: ReportOptions) -> str:
     seen = {*gallery.with_pixels} & {*gallery.material.pictures}
     context = {
         **_text_context(run, made, gallery.notes),
-        **_picture_context(made, gallery),
+        **_picture_context(made, gallery, run.config.get("target")),
         "sanity": report_tables.sanity(predictions, class_names, seed=made.seed),
         "browser_note": _browser_note(made.cube.num_images, len(gallery.with_maps), len(seen)),
         "data": browser_json(
@@ -119,7 +125,7 @@ def _text_context(run: Run, made: Study, image_notes: tuple[str, ...]) -> dict[s
     }
 
 
-def _picture_context(made: Study, gallery: Gallery) -> dict[str, Any]:
+def _picture_context(made: Study, gallery: Gallery, target: object) -> dict[str, Any]:
     cube, everything = made.cube, made.groups[0].title
     by_metric = {m.label: m for m in cube.metrics}
     by_label = [g for g in made.groups if g.kind == "label"]
@@ -128,6 +134,7 @@ def _picture_context(made: Study, gallery: Gallery) -> dict[str, Any]:
         "figure": grids[0] if grids else None,
         "cases": grids[1:],
         "colour_key": _colour_key(set(made.signed.values())),
+        "explained": EXPLAINED.get(str(target), ""),
         "interval_svg": figures.svg(
             figures.interval_figure(cube, made.summaries[everything], made.marks[everything], made.floor, made.titles)
         ),

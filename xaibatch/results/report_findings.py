@@ -46,11 +46,13 @@ def _leader(
     order = sorted(scored, key=lambda e: -metric.sign * summaries[e, metric.label].mean)
     best = order[0]
     summary = summaries[best, metric.label]
-    text = f"{metric.title} {metric.arrow}: {titles[best]} has the best mean, {number(summary.mean, digits)}"
+    level = [e for e in order if summaries[e, metric.label].mean == summary.mean]
+    text = f"{metric.title} {metric.arrow}: {_listed([titles[e] for e in level])} "
+    text += f"{'has' if len(level) == 1 else 'share'} the best mean, {number(summary.mean, digits)}"
     if summary.interval:
         text += f" [{number(summary.interval.low, digits)}, {number(summary.interval.high, digits)}]"
     better, open_, few = [], [], []
-    for other in order[1:]:
+    for other in order[len(level) :]:
         comparison, turned = _between(pairs, best, other, metric.label)
         verdict = comparison.verdict
         if verdict == "undecided":
