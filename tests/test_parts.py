@@ -137,8 +137,11 @@ def failing(patch: pytest.MonkeyPatch, name: str, number: int, times: int) -> Ca
     return lambda: len(calls)
 
 
-def test_one_of_many_creates_a_file(folder: RunFolder) -> None:
-    """Of eight processes that create the same file at once, one does."""
+@pytest.mark.parametrize("has_links", [True, False])
+def test_one_of_many_creates_a_file(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, has_links: bool) -> None:
+    """Of eight processes that create the same file at once, one does; also where the file system has no links."""
+    if not has_links:
+        failing(monkeypatch, "link", errno.EPERM, times=99)
     with multiprocessing.get_context("fork").Pool(8) as pool:
         won = pool.map(_create, [(folder, str(i)) for i in range(8)])
     assert sum(won) == 1

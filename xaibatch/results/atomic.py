@@ -1,5 +1,6 @@
 """Bytes in, a whole local file under its name out, or nothing: temporary file, fsync, rename."""
 
+import errno
 import os
 import shutil
 import time
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP})
 
 FORGOTTEN_S: Final = 3600.0
 """Age from which a temporary folder belongs to nobody."""
@@ -22,12 +25,20 @@ def replace_file(target: Path, content: bytes, staging: Path) -> None:
 
 
 def create_file(target: Path, content: bytes, staging: Path) -> bool:
-    """Write `target` only if it does not exist; of several callers exactly one gets True."""
+    """Write `target` only if it does not exist; of several callers exactly one gets True.
+
+    Whole from the start, but on file systems without hard links (exFAT, many mounts of object stores), where a reader
+    may see it empty for a moment.
+    """
     with _temporary(content, staging) as temporary:
         try:
             target.hardlink_to(temporary)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _create_unlinked(target, content)
     return True
 
 
@@ -43,6 +54,17 @@ def sweep(staging: Path) -> int:
             continue
         num_swept += 1
     return num_swept
+
+
+def _create_unlinked(target: Path, content: bytes) -> bool:
+    try:
+        with target.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True
 
 
 @contextmanager
