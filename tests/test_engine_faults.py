@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ray.cluster_utils import Cluster
 
 from tests.engine_cluster import assert_same_rows, tables
 from tests.toy import Watch, toy_config
 from xaibatch.cluster.driver import run_on_ray
+from xaibatch.data.sampling import shards
 from xaibatch.errors import EngineError
 from xaibatch.pipeline.local import run_local
-from xaibatch.pipeline.run import Outcome, evaluate
+from xaibatch.pipeline.record import job_of
+from xaibatch.pipeline.run import Outcome, choose_images, evaluate
+from xaibatch.pipeline.session import Session
 from xaibatch.results import parts
 from xaibatch.results.parts import RunFolder
 from xaibatch.results.retrying import Retries
@@ -118,11 +122,38 @@ def test_a_disk_that_stays_full_ends_the_run(
     assert_same_rows(folder, plain)
 
 
+@pytest.mark.parametrize("engine", [run_local, run_on_ray])
 def test_out_of_memory_halves_the_batch_and_remembers(
-    faults: Path, images: Path, tmp_path: Path, plain: RunFolder
+    cluster: Cluster, faults: Path, images: Path, tmp_path: Path, plain: RunFolder, engine: Any
 ) -> None:
     """Four images do not fit, two do: that is found out once, and the rows are those of an undisturbed run."""
     (faults / "out_of_memory").touch()
-    outcome = run(images, tmp_path / "run", engine=run_local)
+    outcome = run(images, tmp_path / "run", engine=engine)
     assert outcome.ok and (faults / "out_of_memory_hits").read_text() == "x"
     assert_same_rows(outcome.folder, plain)
+
+
+def test_shards_held_make_room_for_the_next(
+    images: Path, tmp_path: Path, plain: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has room for one shard's images: those of the others go, and are read again when they are asked for.
+    With no other to let go it is an error of its own."""
+    config = toy_config(images, tmp_path / "run", **SETTINGS)
+    session = Session(job_of(plain.read_json("run.json"), config, plain))
+    first, second, _ = shards(choose_images(config).records, 4)
+    batches = {shard.name: session.job.read(shard) for shard in (first, second)}
+    tensor, room = torch.tensor, [1]
+
+    def full(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        if len(session._held) >= room[0]:
+            raise torch.OutOfMemoryError("out of memory (injected)")
+        return tensor(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "tensor", full)
+    for shard in (first, second):
+        session.keep(shard, *batches[shard.name])
+        assert list(session._held) == [shard.name]
+    assert session.hold(first).batch.ids == batches[first.name][0].ids
+    room[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        session.keep(second, *batches[second.name])

@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 from tests.engine_cluster import assert_same_rows
 from tests.toy import Watch, toy_config
 from xaibatch.cluster.driver import run_on_ray
+from xaibatch.cluster.telemetry import ReplicaMeter
 from xaibatch.pipeline.local import run_local
 from xaibatch.pipeline.progress import ProgressWatcher
 from xaibatch.pipeline.run import Outcome, evaluate
@@ -93,6 +94,8 @@ def test_equals_plain_engine_and_resumes(
     assert 0 < sum(shown["xaibatch_forward_passes_total"]) <= num_passes
     assert 0 < sum(shown["xaibatch_images_total"]) <= 12
     assert {"xaibatch_shards_open", "xaibatch_cells_waiting", "xaibatch_replicas_ready"} <= set(shown)
+    assert len(shown["xaibatch_device_busy_share"]) == 2
+    assert all(0 <= share <= 1 for share in shown["xaibatch_device_busy_share"])
 
     parts = sorted((tmp_path / "same-rows" / "scores").rglob("*.parquet"))
     parts[0].unlink()
@@ -119,6 +122,24 @@ def test_equals_plain_engine_and_resumes(
     watch = Watch()
     third = evaluate(toy_config(images, tmp_path / "same-rows", **SETTINGS), run_on_ray, watch)
     assert third.num_cells_run == 0 and watch.reports == []
+
+
+def test_the_busy_share_follows_the_device(cluster: Cluster) -> None:
+    """Half of a window, then nothing to do, then a call that is longer than a window."""
+    now = [0.0]
+    meter = ReplicaMeter("busy-share", "one", clock=lambda: now[0])
+    with meter.busy():
+        now[0] += 2
+    now[0] += 2
+    assert meter.beat() == 0.5
+    now[0] += 5
+    assert meter.beat() == 0
+    with meter.busy():
+        now[0] += 5
+        assert meter.beat() == 1
+        now[0] += 3
+    now[0] += 3
+    assert meter.beat() == 0.5
 
 
 def test_tasks_and_driver_need_no_torch() -> None:

@@ -89,6 +89,23 @@ def test_lines_are_few(job: Job) -> None:
     assert sum("forward passes/s" in line for line in lines.getvalue().splitlines()) == 6
 
 
+@pytest.mark.parametrize(("place", "num_writes"), [("local", 60), ("memory://progress/run", 4)])
+def test_progress_json_is_written_less_often_to_an_object_store(
+    job: Job, monkeypatch: pytest.MonkeyPatch, place: str, num_writes: int
+) -> None:
+    """In two minutes: every two seconds, or every thirty."""
+    clock, writes = Clock(), []
+    monkeypatch.setattr(RunFolder, "write_json", lambda folder, content, name: writes.append(name))
+    folder = job.folder if place == "local" else RunFolder(place)
+    watcher = ProgressWatcher(stream=io.StringIO(), live=False, clock=clock)
+    watcher.start(cast(Job, SimpleNamespace(folder=folder, run="run")), EXPECTED, 0)
+    writes.clear()
+    for _ in range(240):
+        clock.now += 0.5
+        watcher.done(REPORT)
+    assert writes == [PROGRESS] * num_writes
+
+
 @pytest.mark.parametrize("kind", ["xterm", "dumb"])
 def test_live_view_on_a_terminal(job: Job, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """A terminal gets one bar that is redrawn, not lines; one that cannot redraw gets lines."""

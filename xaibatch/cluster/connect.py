@@ -26,6 +26,11 @@ from xaibatch.errors import EngineError, UsageError
 ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 """Environment of everything that is not a replica: parallelism comes from tasks, not from threads inside them."""
 
+HOST_MEMORY_RETRIES: Final = 15
+"""Times that a CPU task is run again which Ray ended because its machine's memory was full (mostly others' doing); then
+it counts as lost. Ray itself has no limit there, whatever `max_retries` says. RAY_task_oom_retries overrides it."""
+
+_MEMORY_SETTING: Final = "RAY_task_oom_retries"
 _PREFIX: Final = "xaibatch-ray-"
 _MAX_PLACE: Final = 24
 _TOKEN_SETTINGS: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -45,7 +50,7 @@ def connected(engine: EngineConfig) -> Iterator[None]:
             "`ray job submit --address http://host:8265 --working-dir . -- python jobs/evaluate.py ...`, or --address "
             "auto on one of the cluster's machines"
         )
-    with _quiet():
+    with _surroundings():
         if ray.is_initialized():
             yield
         else:
@@ -54,18 +59,23 @@ def connected(engine: EngineConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray prints the errors of steps whose outcome nobody fetches; here they are those behind an error that is
-    reported."""
-    name = "RAY_IGNORE_UNHANDLED_ERRORS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def _surroundings() -> Iterator[None]:
+    """What Ray reads from the environment of the process whose tasks they are: it prints the errors of steps whose
+    outcome nobody fetches, which here are those behind an error that is reported; and it has no limit to
+    HOST_MEMORY_RETRIES."""
+    settings = {
+        "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+        _MEMORY_SETTING: os.environ.get(_MEMORY_SETTING, str(HOST_MEMORY_RETRIES)),
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -65,8 +65,8 @@ class ReplicaMeter:
     def beat_for_ever(self) -> None:
         """A thread's body: idle replicas are seen to be idle, and long calls to be busy."""
         while True:
-            time.sleep(WINDOW_S)
             self.beat()
+            time.sleep(WINDOW_S)
 
     def _reckon(self, now: float) -> None:
         if self._busy_since is not None:

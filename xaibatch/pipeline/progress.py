@@ -18,6 +18,10 @@ from xaibatch.pipeline.work import CellReport, FailedCell
 
 PROGRESS: Final = "progress.json"
 
+LOCAL_JSON_S: Final = 2.0
+REMOTE_JSON_S: Final = 30.0
+"""Seconds between writes of `progress.json`."""
+
 _BAR_WIDTH: Final = 16
 _ONE_LINE: Final = Column(no_wrap=True, overflow="ellipsis")
 _CPU_STAGES: Final = ("read", "segmentation", "plan", "score", "write")
@@ -29,7 +33,8 @@ class ProgressWatcher:
     stream:      where lines and the live view go.
     live:        redraw one line (True), print a line now and then (False), or decide by whether `stream` is a terminal.
     line_s:      seconds between plain lines.
-    json_s:      seconds between writes of `progress.json` (twice a minute is enough for an object store).
+    json_s:      seconds between writes of `progress.json`; None: LOCAL_JSON_S, or REMOTE_JSON_S in an object store,
+                 where each costs a request that the run waits for.
     """
 
     def __init__(
@@ -38,12 +43,12 @@ class ProgressWatcher:
         stream: TextIO | None = None,
         live: bool | None = None,
         line_s: float = 10.0,
-        json_s: float = 2.0,
+        json_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream or sys.stderr
         self._live = Console(file=self._stream).is_interactive if live is None else live
-        self._line_s, self._json_s, self._clock = line_s, json_s, clock
+        self._line_s, self._json_wanted_s, self._clock = line_s, json_s, clock
         self._job: Job | None = None
         self._bar: Progress | None = None
 
@@ -52,6 +57,9 @@ class ProgressWatcher:
     def start(self, job: Job, expected: Estimate, num_cells_done: int) -> None:
         """A run begins with `expected` to do, after `num_cells_done` cells of earlier sessions."""
         self._job, self._expected, self._before = job, expected, num_cells_done
+        self._json_s = self._json_wanted_s
+        if self._json_s is None:
+            self._json_s = LOCAL_JSON_S if job.folder.is_local else REMOTE_JSON_S
         self._started = self._last_line = self._last_json = self._clock()
         self._first_replica: float | None = None
         self._num_replicas = self._most_replicas = 0

@@ -26,6 +26,7 @@ from xaibatch.perturb.runner import PlanRunner, is_out_of_memory
 from xaibatch.pipeline.device import is_no_fault_of_the_image
 from xaibatch.pipeline.facts import configured_model
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, Question, ShardExplanations
+from xaibatch.pipeline.outcome import Explained, Item, explainer_failure, stack
 from xaibatch.seeding import DrawKey
 from xaibatch.types import ExplanationBatch, Failure, ImageBatch, Shard
 
@@ -42,26 +43,6 @@ class _Held:
     batch: ImageBatch
     failures: tuple[Failure, ...]
     images_BCHW: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Item:
-    """One image to explain: one of the shard's or a changed copy, with its key; target -1: the predicted class."""
-
-    image_CHW: Tensor
-    key: DrawKey
-    target: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Explained:
-    """What `Session._explain` returns for one item: logits, the class explained, and each explainer's map or error."""
-
-    logits_K: NDArray[np.floating]
-    target: int
-    maps: dict[str, NDArray[np.floating]]
-    extras: dict[str, dict[str, float]]
-    errors: dict[str, str]
 
 
 class Session:
@@ -101,16 +82,16 @@ class Session:
         for repeat in range(self.job.config.repeats):
             labels = [label for label in self.explainers if repeat == 0 or label in self.job.random_explainers]
             items = [
-                _Item(image_CHW=image, key=self.job.key(image_id, repeat), target=self._target(int(batch.labels_B[b])))
+                Item(image_CHW=image, key=self.job.key(image_id, repeat), target=self._target(int(batch.labels_B[b])))
                 for b, (image_id, image) in enumerate(zip(batch.ids, held.images_BCHW, strict=True))
             ]
             explained = self._explain(items, labels, logits_BK, segments or {})
             for label in labels:
-                maps[label, repeat] = _stack(label, explained)
+                maps[label, repeat] = stack(label, explained)
                 for item, outcome in zip(items, explained, strict=True):
                     if label in outcome.errors:
                         missing[label, repeat, item.key.image_id] = outcome.errors[label]
-                        failures.append(_explainer_failure(item.key.image_id, label, outcome.errors[label]))
+                        failures.append(explainer_failure(item.key.image_id, label, outcome.errors[label]))
         return ShardExplanations(
             ids=batch.ids,
             labels_B=batch.labels_B,
@@ -145,7 +126,7 @@ class Session:
         """One explainer's native maps of given images and targets: the answer to an adapter's `explain_func`."""
         images = torch.tensor(images_BCHW, dtype=self.dtype, device=self.device)
         items = [
-            _Item(image_CHW=image, key=key, target=int(target))
+            Item(image_CHW=image, key=key, target=int(target))
             for image, key, target in zip(images, keys, targets_B, strict=True)
         ]
         explained = self._explain(items, [label], self._forward(images), {})
@@ -215,10 +196,10 @@ class Session:
         return label
 
     def _explain(
-        self, items: Sequence[_Item], labels: Sequence[str], logits_NK: NDArray[np.floating], segments: Segments
-    ) -> list[_Explained]:
+        self, items: Sequence[Item], labels: Sequence[str], logits_NK: NDArray[np.floating], segments: Segments
+    ) -> list[Explained]:
         """Explain in chunks of `explain_batch_size`; out of memory halves the chunk and remembers."""
-        explained: list[_Explained] = []
+        explained: list[Explained] = []
         while len(explained) < len(items):
             start = len(explained)
             stop = min(start + self.explain_batch_size, len(items))
@@ -238,11 +219,11 @@ class Session:
             torch.cuda.empty_cache()
 
     def _explain_chunk(
-        self, items: Sequence[_Item], labels: Sequence[str], logits_NK: NDArray[np.floating], segments: Segments
-    ) -> list[_Explained]:
+        self, items: Sequence[Item], labels: Sequence[str], logits_NK: NDArray[np.floating], segments: Segments
+    ) -> list[Explained]:
         targets = [item.target if item.target >= 0 else int(logits_NK[n].argmax()) for n, item in enumerate(items)]
         explained = [
-            _Explained(logits_K=logits_NK[n], target=target, maps={}, extras={}, errors={})
+            Explained(logits_K=logits_NK[n], target=target, maps={}, extras={}, errors={})
             for n, target in enumerate(targets)
         ]
         shared = self._inputs(items, targets, segments, "")
@@ -265,11 +246,11 @@ class Session:
 
     def _one_by_one(
         self,
-        items: Sequence[_Item],
+        items: Sequence[Item],
         targets: Sequence[int],
         segments: Segments,
         label: str,
-        explained: Sequence[_Explained],
+        explained: Sequence[Explained],
         error: Exception,
     ) -> None:
         """An explainer failed on a chunk: find the images that it fails on, so that the others keep their maps."""
@@ -286,7 +267,7 @@ class Session:
                     raise
                 explained[n].errors[label] = f"{type(single).__name__}: {single}"
 
-    def _inputs(self, items: Sequence[_Item], targets: Sequence[int], segments: Segments, label: str) -> ExplainInput:
+    def _inputs(self, items: Sequence[Item], targets: Sequence[int], segments: Segments, label: str) -> ExplainInput:
         images_NCHW = torch.stack([item.image_CHW for item in items])
         runner = self.runner(label)
         return ExplainInput(
@@ -327,7 +308,7 @@ class Session:
         for runner in self._runners.values():
             runner.model = model
 
-    def _variant_item(self, shard: Shard, question: Question) -> _Item:
+    def _variant_item(self, shard: Shard, question: Question) -> Item:
         held = self.hold(shard)
         image_CHW, ask = held.images_BCHW[question.row], question.ask
         key = self.job.key(held.batch.ids[question.row], question.repeat)
@@ -338,14 +319,14 @@ class Session:
             noisy_CHW = expand(ask.plan, image_CHW, ask.sample, ask.sample + 1)[0]
             fresh = key if ask.draws == "paired" else key.of_variant(f"noise:{ask.sample}")
             target = self._original_target(shard, question.row) if ask.target == "original" else self._target(label)
-            return _Item(image_CHW=noisy_CHW, key=fresh, target=target)
+            return Item(image_CHW=noisy_CHW, key=fresh, target=target)
         if isinstance(ask, TargetVariant):
-            return _Item(image_CHW=image_CHW, key=key, target=ask.target)
+            return Item(image_CHW=image_CHW, key=key, target=ask.target)
         if isinstance(ask, TwinVariant):
             assert held.batch.twins_BCHW is not None
             twin_CHW = torch.tensor(held.batch.twins_BCHW[question.row], dtype=self.dtype, device=self.device)
-            return _Item(image_CHW=twin_CHW, key=key, target=self._original_target(shard, question.row))
-        return _Item(image_CHW=image_CHW, key=key, target=self._original_target(shard, question.row))
+            return Item(image_CHW=twin_CHW, key=key, target=self._original_target(shard, question.row))
+        return Item(image_CHW=image_CHW, key=key, target=self._original_target(shard, question.row))
 
     def _original_target(self, shard: Shard, row: int) -> int:
         """The class that is explained for the image itself."""
@@ -356,24 +337,3 @@ class Session:
 
 def _go_on() -> None:
     pass
-
-
-def _stack(label: str, explained: Sequence[_Explained]) -> ExplanationBatch:
-    """Maps of one explainer in the order of the items, NaN where it failed."""
-    known = next((outcome.maps[label] for outcome in explained if label in outcome.maps), np.full((1, 1), np.nan))
-    blank = np.full(known.shape, np.nan, known.dtype)
-    maps = [outcome.maps.get(label, blank) for outcome in explained]
-    names = sorted({name for outcome in explained for name in outcome.extras.get(label, {})})
-    return ExplanationBatch(
-        explainer=label,
-        maps_Bhw=np.stack(maps) if maps else np.empty((0, 1, 1)),
-        targets_B=np.array([outcome.target for outcome in explained], np.int64),
-        extras={
-            name: np.array([outcome.extras.get(label, {}).get(name, np.nan) for outcome in explained]) for name in names
-        },
-    )
-
-
-def _explainer_failure(image_id: str, label: str, message: str) -> Failure:
-    error, _, text = message.partition(": ")
-    return Failure(image_id=image_id, stage=f"explain:{label}", error=error, message=text)
