@@ -158,7 +158,7 @@ def list_parts(num_shards: int) -> dict[str, Any]:
         shards = index(num_shards * SHARD_SIZE)
         names = [shard.name for shard in shards]
         cells = [group.part(shard) for group in job.groups for shard in shards]
-        for table, parts in (("predictions", names), ("maps", names), ("scores", cells)):
+        for table, parts in (("failures", names), ("predictions", names), ("maps", names), ("scores", cells)):
             for part in parts:
                 path = Path(job.folder.path(table, f"{part}.parquet"))
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def list_parts(num_shards: int) -> dict[str, Any]:
         cpu, wall = time.process_time(), time.perf_counter()
         assert pending(job, shards, depth="contents") == []
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        num_parts = num_shards * (2 + len(job.groups))
+        num_parts = num_shards * (3 + len(job.groups))
         return {"num_parts": num_parts, "cpu_us_per_part": 1e6 * cpu / num_parts, "wall_s": wall}
 
 
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "num_cells": num_cells,
             "driver_cpu_minutes": num_cells * cost / 60,
             "cells_per_second_of_one_core": 1 / cost,
-            "listing_cpu_s": (num_cells + NUM_IMAGES // SHARD_SIZE) * listings[-1]["cpu_us_per_part"] / 1e6,
+            "listing_cpu_s": (num_cells + 2 * NUM_IMAGES // SHARD_SIZE) * listings[-1]["cpu_us_per_part"] / 1e6,
             "index_mib": NUM_IMAGES * bytes_an_image / 2**20,
             # below this time of a GPU for one shard, a hundred of them would outrun the driver
             "shortest_shard_s_for_100_gpus": NUM_GPUS * (1 + num_groups) * cost,

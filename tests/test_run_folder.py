@@ -133,6 +133,7 @@ def without_seal(run: Path, other: Path) -> Path:
     [
         (copied("scores"), f"a copy of the part '{GROUP}/shard-00001'"),
         (copied("maps"), "a copy of the part 'shard-00001'"),
+        (copied("failures"), "a copy of the part 'shard-00001'"),
         (copied("predictions"), "a copy of the part 'shard-00001'"),
         (other_table, "a part of the table 'maps'"),
         (zeroed("scores"), "damaged: its content is not what was written"),
@@ -162,7 +163,7 @@ def test_a_part_that_is_not_what_its_name_says_is_named_and_made_again(
     assert run(config(data, weights, copy)).num_cells_run == 0
 
 
-@pytest.mark.parametrize("table", ["predictions", "maps"])
+@pytest.mark.parametrize("table", ["failures", "predictions", "maps"])
 def test_a_deleted_part_of_the_explanations_is_made_again(
     data: Path, weights: Path, finished: Path, copy: Path, table: str
 ) -> None:

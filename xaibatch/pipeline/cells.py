@@ -1,6 +1,6 @@
 """The grid of work: from a configuration, which metrics share a cell and what each cell's part is called; no torch.
 
-A cell is (shard, stage). The stage `explain` writes the parts of `predictions` and `maps` (and `failures`); every
+A cell is (shard, stage). The stage `explain` writes the parts of `failures`, `predictions` and `maps`; every
 metric group writes one part of `scores`. A part's name follows from the cell alone: resume is a listing of parts.
 """
 

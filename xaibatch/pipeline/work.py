@@ -76,14 +76,15 @@ def pending(
     `found` is told of every file in the run folder that is no part of this run: its path, and what is wrong with it.
     Where such a file bears the name of a part, its cell is pending and will write it anew; the rest is left alone.
     """
-    tables = ("maps", "predictions", "scores") if found is None else tuple(TABLES)
-    listed = {table: list_parts(job.folder, table, depth=depth, run_id=job.run_id) for table in tables}
+    listed = {table: list_parts(job.folder, table, depth=depth, run_id=job.run_id) for table in TABLES}
     if found is not None:
         for table, listing in listed.items():
             parts = {**listing.readable, **listing.leftover}
             for path, problem in {**listing.problems, **_foreign(job, shards, table, parts)}.items():
                 found(path, problem)
     explained = listed["maps"].present & listed["predictions"].present
+    if job.run_id:  # runs of earlier versions wrote no `failures` for shards without
+        explained &= listed["failures"].present
     scored = listed["scores"].present
     work = (
         ShardWork(

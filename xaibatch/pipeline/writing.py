@@ -15,9 +15,8 @@ from xaibatch.types import Score, Shard
 
 
 def write_explanations(job: Job, shard: Shard, explained: ShardExplanations) -> None:
-    """Write the parts of `failures` (if any), `predictions` and, last, `maps`: a shard with maps is explained."""
-    if explained.failures:
-        _write(job, "failures", shard.name, schema.failures_table(explained.failures, run=job.run))
+    """Write the parts of `failures` (also without rows: that there were none is a result), `predictions` and `maps`."""
+    _write(job, "failures", shard.name, schema.failures_table(explained.failures, run=job.run))
     _write(
         job,
         "predictions",
