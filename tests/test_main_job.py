@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from tests.toy import CLASSES, MODEL, toy_images
 from xaibatch.cli import main
-from xaibatch.cli.evaluate import config_path, named_configs
+from xaibatch.cli.evaluate import FIRST_RUN, config_path, named_configs
 from xaibatch.config import ALIASES, load_config, parse_setting, select
 from xaibatch.errors import ConfigError
 from xaibatch.explainers.resolve import resolve_explainer
@@ -196,6 +196,7 @@ def test_without_weights_nothing_is_explained(
     assert not (tmp_path / "run").exists()
     assert run(*args, "--set", "model.untrained=true", "--set", "model.options.img_size=32", "--limit", "3") == 0
     assert RunFolder(str(tmp_path / "run")).read_json("run.json")["model"]["source"]["kind"] == "untrained"
+    load_config(config_path("embedded"), FIRST_RUN).model.check_weights()  # the run without arguments has its own
 
 
 @pytest.mark.parametrize("written", ["[lime, random]", "lime, random", "{lime: , random: {}}", "[lime: {}, random]"])
