@@ -3,6 +3,7 @@
 Shape letters: B images, C channels, H W pixels.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -82,7 +83,7 @@ def _measured(setting: Setting, config: Any, ours: Mapping[str, OurProtocol], no
     num = len(setting.dataset.records)
     precisions = {precision for one in ours.values() for precision in one.job.precisions.values()}
     floors = {name: best_forward(setting, name) for name in FLOORS if name in precisions}
-    counting = CountingModel(setting.model)
+    counting = CountingModel(copy.deepcopy(setting.model))  # a trace refuses a model with the counter's hook
     work: dict[str, Work] = {name: one.run for name, one in ours.items()}
     work |= {f"floor {name}": _floor(setting, forward) for name, forward in floors.items()}
     work["relevance"] = lambda: _relevance(setting, config)
