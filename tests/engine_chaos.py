@@ -1,9 +1,11 @@
 """A run that is killed again and again: which process is killed when, and what must come out in the end.
 
-Processes in the middle of a step show a marker (tests/engine_faults.py), so every kill hits work in progress and none
-hits a start-up. `replica`, `score` and `write` (a part being written) are killed by their marker, `node` is a raylet
-with all its workers, `driver` is the command itself, which is then started again. Used by tests/test_engine_chaos.py,
-in short, and by jobs/chaos.py, at length.
+Processes in the middle of a step show a marker with their node and their driver (tests/engine_faults.py), so every kill
+of KINDS hits work in progress for the driver that runs now, and none hits a start-up. `replica`, `score` and `write` (a
+part being written) are killed by their marker, `node` is a raylet with all its workers, `driver` is the command itself,
+which is then started again. The kinds of ANYWHERE are killed at random moments, whatever they do: reading, planning,
+segmenting, starting up, taking the lock, writing the record. Used by tests/test_engine_chaos.py, in short, and by
+jobs/chaos.py, at length.
 """
 
 import contextlib
@@ -20,9 +22,11 @@ from typing import Any, Final
 import yaml
 from ray.cluster_utils import Cluster
 
+from tests.toy import toy_images
 from xaibatch.config import RunConfig
 
 KINDS: Final = ("replica", "score", "write", "node", "driver")
+ANYWHERE: Final = ("any worker", "any node", "any driver")
 
 EXPLAINERS: Final[dict[str, Any]] = {"tests.engine_faults:brightness": {}, "random": {}}
 METRICS: Final[dict[str, Any]] = {
@@ -43,7 +47,7 @@ class Kill:
 class Chaos:
     """Runs a command to its end while killing what it consists of.
 
-    command:   starts the run or takes it up, and exits with 0 when everything is done.
+    command:   starts the run or takes it up, and exits with 1 when everything is done (one image is broken).
     markers:   the folder where workers in the middle of a step show it.
     pause_s:   mean of the exponentially distributed pause between a kill and the next one.
     """
@@ -77,7 +81,9 @@ class Chaos:
         try:
             for kind in kinds:
                 wait_until = time.monotonic() + self._random.expovariate(1 / self._pause_s)
-                while not (self._busy(kind) and time.monotonic() >= wait_until and self._kill(kind)):
+                while not (
+                    (kind in ANYWHERE or self._busy(kind)) and time.monotonic() >= wait_until and self._kill(kind)
+                ):
                     self._check(kills, start + timeout_s, len(kinds))
                     time.sleep(0.01)
                 kills.append(Kill(kind=kind, at_s=time.monotonic() - start))
@@ -85,7 +91,7 @@ class Chaos:
             while self._ended() is None:
                 assert time.monotonic() < start + timeout_s, self._report("the run does not end", kills)
                 time.sleep(0.1)
-            assert self._ended() == 0, self._report("the run failed", kills)
+            assert self._ended() == 1, self._report("the run failed", kills)
             return kills
         finally:
             self._kill_driver()
@@ -104,10 +110,13 @@ class Chaos:
         return self._process.poll()
 
     def _busy(self, kind: str) -> list[int]:
-        """Processes that are in the middle of a step of this kind (any step for a node or the driver)."""
+        """Processes that are in the middle of a step of this kind for the driver that runs now: of any step for the
+        driver, of any step on the node that is killed next for a node."""
+        assert self._process is not None
         step = kind if kind in ("replica", "score", "write") else "*"
+        node = self._nodes[-1].node_id if kind == "node" else "*"
         found = []
-        for marker in self._markers.glob(f"{step}-*"):
+        for marker in self._markers.glob(f"{step}-{node}-{self._process.pid}-*"):
             pid = int(marker.name.rpartition("-")[2])
             try:
                 os.kill(pid, 0)
@@ -116,17 +125,35 @@ class Chaos:
                 marker.unlink(missing_ok=True)
         return found
 
+    def _workers(self) -> list[int]:
+        """Ray's worker processes on all nodes, whatever they do (not the agents, with which a node ends)."""
+        raylets = {
+            raylet.process.pid
+            for node in self._cluster.list_all_nodes()
+            for raylet in node.all_processes.get("raylet", ())
+        }
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                title = (process / "cmdline").read_bytes().rstrip(b"\0 ")
+                if parent in raylets and title.startswith(b"ray::") and not title.endswith(b"Agent"):
+                    found.append(int(process.name))
+        return sorted(found)
+
     def _kill(self, kind: str) -> bool:
         """True if something of this kind was killed; False if it was gone already."""
-        if kind == "driver":
+        if kind in ("driver", "any driver"):
             self._kill_driver()
             self._start()
             return True
-        if kind == "node":
+        if kind in ("node", "any node"):
             self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
             self._nodes.append(self._cluster.add_node(num_cpus=2))
             return True
-        for pid in self._busy(kind):
+        workers = self._workers() if kind == "any worker" else self._busy(kind)
+        self._random.shuffle(workers)
+        for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 return True
@@ -146,12 +173,19 @@ class Chaos:
         return "\n".join([f"{what} (exit code {self._ended()}, kills {[kill.kind for kill in kills]})", *lines])
 
 
-def schedule(num_kills: int, seed: int) -> list[str]:
+def schedule(num_kills: int, seed: int, kinds: Sequence[str] = KINDS) -> list[str]:
     """Kinds in random order, each as often as the others as far as the number allows."""
-    rounds = -(-num_kills // len(KINDS))
-    kinds = list(KINDS) * rounds
-    random.Random(seed).shuffle(kinds)
-    return kinds[:num_kills]
+    rounds = -(-num_kills // len(kinds))
+    found = list(kinds) * rounds
+    random.Random(seed).shuffle(found)
+    return found[:num_kills]
+
+
+def chaos_images(folder: Path, num_per_class: int = 4) -> Path:
+    """Toy images, and one that is none: a row of the table of failures."""
+    toy_images(folder, num_per_class)
+    (folder / "covid" / "broken.png").write_bytes(b"no image")
+    return folder
 
 
 def write_config(config: RunConfig, path: Path) -> Path:

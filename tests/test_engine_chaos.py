@@ -9,8 +9,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.engine_chaos import EXPLAINERS, KINDS, METRICS, Chaos, schedule, write_config
-from tests.engine_cluster import ROOT, assert_same_rows
+from tests.engine_chaos import EXPLAINERS, KINDS, METRICS, Chaos, chaos_images, schedule, write_config
+from tests.engine_cluster import ROOT, assert_same_rows, tables
 from tests.toy import Watch, toy_config
 from xaibatch.cluster.driver import run_on_ray
 from xaibatch.pipeline.local import run_local
@@ -19,7 +19,8 @@ from xaibatch.results.parts import STAGING
 
 
 @pytest.mark.chaos
-def test_nothing_lost_nothing_twice(cluster: Cluster, faults: Path, images: Path, tmp_path: Path) -> None:
+def test_nothing_lost_nothing_twice(cluster: Cluster, faults: Path, tmp_path: Path) -> None:
+    images = chaos_images(tmp_path / "images")
     settings = {"explainers": EXPLAINERS, "metrics": METRICS, "engine__shard_size": 1, "engine__threads": 1}
     plain = evaluate(toy_config(images, tmp_path / "plain", **settings), run_local, Watch())
     config = toy_config(images, tmp_path / "run", **settings)
@@ -32,7 +33,8 @@ def test_nothing_lost_nothing_twice(cluster: Cluster, faults: Path, images: Path
     assert ray.is_initialized()
 
     again = evaluate(config, run_on_ray, Watch())
-    assert again.ok and again.num_cells_run == 0
+    assert not again.failed and again.num_cells_run == 0
+    assert tables(again.folder)["failures"].index.to_list() == [("covid/broken.png", "read")]
     assert_same_rows(again.folder, plain.folder)
     assert not any(again.folder.problems(table) for table in ("scores", "maps", "predictions", "failures"))
     assert not list((tmp_path / "run" / STAGING).iterdir())
