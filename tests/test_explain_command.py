@@ -122,6 +122,7 @@ def test_a_bad_image_is_one_line_and_the_others_are_explained(
         (["-e", "limee"], "Did you mean 'lime'?"),
         (["-e", ","], "no explainer is named"),
         (["--target", "flu"], "the model has no class 'flu'. Its classes: "),
+        (["--model", "vit_tiny_patch16_224"], "no weights for 'vit_tiny_patch16_224': give --checkpoint"),
         (["-e", "lime", "--set", "lime.num_sample=3"], "unknown option 'num_sample'. Did you mean 'num_samples'?"),
         (["-e", "lime", "--set", "rise.num_masks=3"], "for one of the explainers lime"),
         (["-e", "lime", "--set", "lime.num_samples"], "a setting is written key.path=value"),
