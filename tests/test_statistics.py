@@ -92,6 +92,7 @@ DISTRIBUTIONS = {
     "exponential": (lambda r, s: r.standard_exponential(s), 1.0),
     "lognormal, skewness 1.75": (lambda r, s: r.lognormal(0, 0.5, s), np.exp(0.125)),
     "lognormal, skewness 3.7": (lambda r, s: r.lognormal(0, 0.8, s), np.exp(0.32)),
+    "lognormal, skewness 6.2": (lambda r, s: r.lognormal(0, 1, s), np.exp(0.5)),
     "beta(5,1), near its upper bound": (lambda r, s: r.beta(5, 1, s), 5 / 6),
     "gamma(1/2), skewness 2.8": (lambda r, s: r.gamma(0.5, 1, s), 0.5),
     "Student's t(5), heavy on both sides": (lambda r, s: r.standard_t(5, s), 0.0),
