@@ -171,6 +171,16 @@ def test_a_model_of_one_channel_is_evaluated_end_to_end(tmp_path: Path) -> None:
     assert set(scores.explainer) == {"transformer_lrp", "lime", "kernel_shap"}
 
 
+def test_superpixels_that_cannot_be_made_are_refused_before_the_run(tmp_path: Path) -> None:
+    config = toy_config(
+        toy_images(tmp_path / "data", 1),
+        tmp_path / "run",
+        explainers={"lime": {"segmentation": "slic", "segmentation_options": {"n_segment": 9}}},
+    )
+    with pytest.raises(ConfigError, match="'slic' of scikit-image has no option 'n_segment'"):
+        evaluate(config, run_local, Watch())
+
+
 @pytest.mark.parametrize(
     ("size", "patch", "grid"), [((36, 36), [8, 8], (4, 4)), ((32, 32), [8, 16], (4, 2)), ((36, 36), [16, 8], (2, 4))]
 )

@@ -320,6 +320,36 @@ def test_forward_hooks_are_refused_until_they_are_removed(register: str, place: 
     plain_vit(model)
 
 
+class Answering(Wrapped):
+    """A wrapper that does something to the images or to the logits."""
+
+    def __init__(self, backbone: nn.Module, before: Callable[[Tensor], Tensor], after: Callable[[Tensor], Any]) -> None:
+        super().__init__(backbone)
+        self.before, self.after = before, after
+
+    def forward(self, images: Tensor) -> Any:
+        return self.after(self.backbone(self.before(images)))
+
+
+def test_a_wrapper_must_answer_as_its_backbone_does() -> None:
+    model = make_vit("plain")
+    images, targets = images_for(model)
+
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    for before, after in (
+        (lambda x: x / 2 + 0.1, same),
+        (same, lambda logits: logits.softmax(-1)),
+        (same, lambda logits: (logits, None)),
+        (same, lambda logits: logits[:, :2]),
+    ):
+        with pytest.raises(ModelError, match="Answering answers otherwise than its backbone"):
+            record(Answering(model, before, after), images, targets)
+    for dtype in (torch.float64, torch.float32):
+        assert record(Answering(model, same, same).to(dtype), images.to(dtype), targets).logits_BK.dtype == dtype
+
+
 def test_wrong_inputs_are_refused() -> None:
     model = make_vit("plain")
     images, targets = images_for(model)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from xaibatch.errors import ModelError
 from xaibatch.models import backward as step
+from xaibatch.models.classifier import Classifier
 from xaibatch.models.forward import BlockRecord, ForwardRecord, forward, from_patches
 from xaibatch.models.vit import VitLayers, plain_vit, vit_layers
 
@@ -129,9 +130,9 @@ def record(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, images_per_
     """Trace the model on normalised images; the explained logit of image b is targets_B[b] (int64).
 
     The arithmetic is that of the images' dtype, which must be the model's. Raises ModelError for a model that is not a
-    plain ViT (see `plain_vit`), for a size it does not take, for another dtype or device, and for a target that is
-    no class. `images_per_part`: images that share a matrix product; changes speed, memory and rounding only (default:
-    by device).
+    plain ViT (see `plain_vit`) or wraps one and answers otherwise than it, for a size it does not take, for another
+    dtype or device, and for a target that is no class. `images_per_part`: images that share a matrix product; changes
+    speed, memory and rounding only (default: by device).
     """
     vit: Any = plain_vit(model)
     weight = vit.head.weight
@@ -150,13 +151,31 @@ def record(model: nn.Module, images_BCHW: Tensor, targets_B: Tensor, images_per_
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(images_BCHW.device.type, enabled=False):
         layers = vit_layers(vit, (height, width))
         size = images_per_part or _images_per_part(images_BCHW)
-        return Trace(
+        trace = Trace(
             tuple(
                 Part(forward(layers, images), targets)
                 for images, targets in zip(
                     torch.split(images_BCHW.detach(), size), torch.split(targets_B, size), strict=True
                 )
             )
+        )
+        if model is not vit and type(model).forward is not Classifier.forward:
+            _check_wrapper(model, images_BCHW[:1], trace.logits_BK[:1])
+        return trace
+
+
+def _check_wrapper(model: nn.Module, images_1CHW: Tensor, logits_1K: Tensor) -> None:
+    """Refuse somebody's wrapper that does more than call its backbone, e.g. scales images or adds a softmax."""
+    answer: Any = model(images_1CHW)
+    tolerance = torch.finfo(logits_1K.dtype).eps ** 0.5 * logits_1K.abs().max().item()
+    if not (
+        isinstance(answer, Tensor)
+        and answer.shape == logits_1K.shape
+        and torch.allclose(answer, logits_1K, rtol=0, atol=tolerance, equal_nan=True)
+    ):
+        raise ModelError(
+            f"{type(model).__name__} answers otherwise than its backbone, which is all that a trace sees: "
+            "explain the backbone itself, with images as it expects them"
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from xaibatch.config import EMBEDDED, RunConfig, method_of
@@ -16,6 +17,10 @@ from xaibatch.models.classifier import Classifier
 from xaibatch.models.load import load_model
 from xaibatch.models.token_grid import token_grid_of
 from xaibatch.models.vit import plain_vit
+from xaibatch.perturb.segmentation import segment
+
+_TRIAL_SIDE = 32
+"""Side in pixels of the image that superpixels are tried on."""
 
 _RATE_BATCH, _RATE_RUNS = {"cpu": 16, "cuda": 256}, 3
 
@@ -43,11 +48,16 @@ def settle_model(config: RunConfig, dataset: DataSet) -> tuple[dict[str, Any], d
 
 
 def _check_readable(config: RunConfig, model: Classifier) -> None:
-    """Refuse, before any work, a model that a configured explainer cannot read (ModelError lists what is supported)."""
+    """Refuse, before any work, a model that a configured explainer cannot read (ModelError lists what is supported),
+    and superpixels that cannot be made of its images (ConfigError)."""
     for label, options in config.explainers.items():
         name, keywords = method_of(label, options)
-        if resolve_explainer(name)(**keywords).needs == "vit":
+        explainer = resolve_explainer(name)(**keywords)
+        if explainer.needs == "vit":
             plain_vit(model)
+        if explainer.segmentation is not None:
+            shape_CHW = (model.preprocessing.channels, _TRIAL_SIDE, _TRIAL_SIDE)
+            segment(np.random.default_rng(0).random(shape_CHW, np.float32), explainer.segmentation)
 
 
 def configured_model(config: RunConfig, data_class_names: Sequence[str] = ()) -> Classifier:
