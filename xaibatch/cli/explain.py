@@ -49,7 +49,9 @@ def explain(
     if model is None:
         model, checkpoint = MODEL_NAME, checkpoint or str(model_path())
     elif checkpoint is None:
-        raise UsageError(f"no weights for {model!r}: give --checkpoint, or leave out --model for the shipped classifier")
+        raise UsageError(
+            f"no weights for {model!r}: give --checkpoint, or leave out --model for the shipped classifier"
+        )
     classifier = xaibatch.load_model(model, checkpoint=checkpoint)
     preprocessing = classifier.preprocessing
     if target is not None and target not in classifier.class_names:
