@@ -87,7 +87,7 @@ class Chaos:
                     self._check(kills, start + timeout_s, len(kinds))
                     time.sleep(0.01)
                 kills.append(Kill(kind=kind, at_s=time.monotonic() - start))
-                self._say(f"{len(kills)} of {len(kinds)}: killed a {kind}")
+                self._say(f"{len(kills)} of {len(kinds)}: killed {kind}")
             while self._ended() is None:
                 assert time.monotonic() < start + timeout_s, self._report("the run does not end", kills)
                 time.sleep(0.1)

@@ -1,6 +1,7 @@
 """Replicas on (pretended) GPUs: one a GPU, shares of one, nodes that join and leave, and CPU tasks that never
 starve."""
 
+import os
 import time
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from ray.cluster_utils import Cluster
 from tests.engine_cluster import assert_same_rows
 from tests.engine_faults import fault, place
 from tests.toy import Watch, toy_config
-from xaibatch.cluster.connect import connected
+from xaibatch.cluster.connect import HOST_MEMORY_RETRIES, connected
 from xaibatch.cluster.driver import run_on_ray
 from xaibatch.cluster.pool import Place, ReplicaPool, places
 from xaibatch.cluster.replica import Replica
@@ -229,6 +230,20 @@ def test_a_place_where_no_replica_starts_rests(
         pool.close()
         cluster.remove_node(node)
         cluster.remove_node(other)
+
+
+def test_ray_s_own_retries_for_full_memory_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one a task that needs more than its machine has would be started for ever; one's own limit holds."""
+    setting = "RAY_task_oom_retries"
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.delenv(setting, raising=False)
+    with connected(EngineConfig()):
+        assert os.environ[setting] == str(HOST_MEMORY_RETRIES)
+    assert setting not in os.environ
+    monkeypatch.setenv(setting, "2")
+    with connected(EngineConfig()):
+        assert os.environ[setting] == "2"
+    assert os.environ[setting] == "2"
 
 
 def test_addresses_that_cannot_be_joined_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
