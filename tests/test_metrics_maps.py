@@ -29,14 +29,6 @@ def test_complexity_metrics_equal_quantus(name: str, kind: str, rows: tuple[int,
     near([bench.native(METRICS[name](**options), row) for row in rows], bench.quantus(theirs, rows, **theirs_options))
 
 
-@pytest.mark.parametrize("name", sorted(COMPLEXITY))
-def test_a_constant_map_in_a_batch_scores_as_in_quantus(name: str) -> None:
-    bench = Bench(kind="tokens")
-    bench.maps[1] = 1.0
-    options, theirs, theirs_options = COMPLEXITY[name]
-    near(bench.natives(METRICS[name](**options)), bench.quantus(theirs, **theirs_options))
-
-
 @pytest.mark.parametrize("kind", ["lrp", "attn_mean", "attn_min", "attn_max"])
 def test_complexity_metrics_equal_the_captured_numbers(golden_small: Any, kind: str) -> None:
     check_captured_complexity(golden_small, "small", kind, 1)
@@ -110,7 +102,38 @@ def test_localisation_metrics_equal_quantus(name: str, kind: str, rows: tuple[in
     bench = Bench(num=5, kind=kind, masks=some_masks(5))
     with stable_sorting():
         expected = bench.quantus(theirs, rows, **theirs_options)
-    near([bench.native(METRICS[name](**options), row) for row in rows], expected, 1e-4)
+    near([bench.native(METRICS[name](**options), row) for row in rows], expected)
+
+
+@pytest.mark.parametrize("name", [*COMPLEXITY, *LOCALISATION])
+def test_a_constant_map_in_a_batch_scores_as_in_quantus(name: str) -> None:
+    bench = Bench(kind="tokens", masks=some_masks(3))
+    bench.maps[1] = 1.0
+    options, theirs, theirs_options = (COMPLEXITY | LOCALISATION)[name]
+    with stable_sorting():
+        expected = bench.quantus(theirs, **theirs_options)
+    near(bench.natives(METRICS[name](**options)), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*COMPLEXITY, *LOCALISATION])
+def test_maps_of_any_scale_score_as_in_quantus_one_by_one(name: str, kind: str) -> None:
+    """Peaks of 0.01, 3 and 500: Quantus, called for one image, normalises it by its own peak as ours does."""
+    bench = Bench(kind=kind, masks=some_masks(3))
+    bench.maps *= np.float32([[[0.01]], [[3]], [[500]]])
+    options, theirs, theirs_options = (COMPLEXITY | LOCALISATION)[name]
+    with stable_sorting():
+        expected = [bench.quantus(theirs, [row], **theirs_options)[0] for row in range(3)]
+    near(bench.natives(METRICS[name](**options)), expected)
+
+
+def test_quantus_normalises_by_the_peak_of_the_whole_call() -> None:
+    bench = Bench(kind="tokens")
+    bench.maps *= np.float32([[[1]], [[1]], [[100]]])
+    alone = [bench.quantus("EffectiveComplexity", [row], eps=0.3)[0] for row in range(3)]
+    together = bench.quantus("EffectiveComplexity", eps=0.3)
+    assert together[:2] == [0, 0] != alone[:2]
+    near(bench.natives(METRICS["effective_complexity"](eps=0.3)), alone)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +153,7 @@ def test_options_of_localisation_metrics_equal_quantus(
     bench = Bench(num=4, kind="signed", masks=some_masks(4))
     with stable_sorting():
         expected = bench.quantus(theirs, **theirs_options)
-    near(bench.natives(METRICS[name](**options)), expected, 1e-4)
+    near(bench.natives(METRICS[name](**options)), expected)
 
 
 def test_weights_of_the_pointing_game_and_attribution_localisation_follow_the_papers() -> None:
