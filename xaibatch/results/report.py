@@ -29,8 +29,10 @@ from xaibatch.results.summary import ALIKE, counted
 REPORT = "report.html"
 
 EXPLAINED = {
-    "predicted": "Every map explains the class that the model predicts for that image; p is its probability.",
-    "label": "Every map explains the true class of its image; p is the probability of the predicted class.",
+    "predicted": "Where an explainer tells classes apart, its map explains the class that the model predicts for that "
+    "image; p is its probability.",
+    "label": "Where an explainer tells classes apart, its map explains the true class of the image; p is the "
+    "probability of the predicted one.",
 }
 """What the pictures are of, by the run's `target`."""
 
