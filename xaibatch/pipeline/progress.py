@@ -57,9 +57,8 @@ class ProgressWatcher:
     def start(self, job: Job, expected: Estimate, num_cells_done: int) -> None:
         """A run begins with `expected` to do, after `num_cells_done` cells of earlier sessions."""
         self._job, self._expected, self._before = job, expected, num_cells_done
-        self._json_s = self._json_wanted_s
-        if self._json_s is None:
-            self._json_s = LOCAL_JSON_S if job.folder.is_local else REMOTE_JSON_S
+        usual_s = LOCAL_JSON_S if job.folder.is_local else REMOTE_JSON_S
+        self._json_s = usual_s if self._json_wanted_s is None else self._json_wanted_s
         self._started = self._last_line = self._last_json = self._clock()
         self._first_replica: float | None = None
         self._num_replicas = self._most_replicas = 0
