@@ -9,6 +9,7 @@ from tests.metrics_oracle import MAP_KINDS, Bench, near, some_masks, stable_sort
 from tests.test_metrics_captured import golden_view, study_map
 from xaibatch.maps import MapOptions
 from xaibatch.metrics import METRICS
+from xaibatch.metrics.reading import model_output
 from xaibatch.types import ALL_ZERO_MAP, MISSING_MASK, NAN_MAP, NEGATIVE_MAP, ZERO_DENOMINATOR
 
 KINDS = sorted(MAP_KINDS)
@@ -59,6 +60,13 @@ def test_the_study_form_of_effective_complexity_is_a_share_of_the_pixels(golden_
         view = golden_view(np.zeros((3, 64, 64)), np.zeros(3), 0, maps[row])
         assert METRICS["effective_complexity"](eps=0.1, normalise=False).score(view) == fork[row]
         assert METRICS["effective_complexity"](eps=0.1, normalise=False, unit="share").score(view) == fork[row] / 4096
+    assert METRICS["effective_complexity"](unit="share").bounds == (0, 1)
+    assert METRICS["effective_complexity"]().bounds == (0, float("inf"))
+
+
+def test_a_model_of_one_output_has_a_probability() -> None:
+    logits_S1 = np.array([[-1.0], [0.0], [2.0]])
+    near(model_output(logits_S1, "probability"), 1 / (1 + np.exp(-logits_S1)))
 
 
 def test_scores_do_not_change_the_map_that_they_read() -> None:

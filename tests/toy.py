@@ -1,6 +1,5 @@
 """A data set and a model small enough for tests: random blobs in three class folders, a two-block ViT on 32 pixels."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +33,6 @@ def toy_images(folder: Path, num_per_class: int = 4, seed: int = 0) -> Path:
             image = 90 + 100 * blob + generator.normal(0, 12, blob.shape)
             Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / name / f"{index}.png")
     return folder
-
-
-def toy_manifest(folder: Path, path: Path, order_seed: int) -> Path:
-    """A manifest of a toy folder with its rows in random order and the folder's own image ids."""
-    files = sorted(folder.rglob("*.png"))
-    np.random.default_rng(order_seed).shuffle(files)  # type: ignore[arg-type]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image_id", "path", "label"])
-        writer.writerows([str(f.relative_to(folder)), str(f.relative_to(path.parent)), f.parent.name] for f in files)
-    return path
 
 
 def toy_config(data: Path, output: Path, **settings: Any) -> RunConfig:

@@ -158,7 +158,8 @@ class Metric(ABC):
     family: ClassVar[Literal["faithfulness", "robustness", "complexity", "localisation", "randomisation", "causal"]]
     paper: ClassVar[str]
     higher_is_better: ClassVar[bool | None]
-    bounds: ClassVar[tuple[float, float]]
+    bounds: tuple[float, float]
+    """Lowest and highest possible score. An instance's may be narrower than its class's where an option decides."""
     needs: frozenset[str] = frozenset()
     """Any of `image`, `mask`, `label`, `twin`. An instance may need more than its class where an option decides."""
 

@@ -3,7 +3,7 @@
 Shape letters: H W pixels, N = H*W.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -91,6 +91,11 @@ class EffectiveComplexity(MapMetric):
     bounds = (0.0, float("inf"))
     Options = EffectiveComplexityOptions
     options: EffectiveComplexityOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.options.unit == "share":
+            self.bounds = (0.0, 1.0)
 
     def score(self, view: MapView) -> float:
         relevant = read_map(view.pixels_HW, self.options) > self.options.eps

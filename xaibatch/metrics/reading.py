@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from xaibatch.errors import NotScoredError
 from xaibatch.maps import on_pixels
@@ -15,7 +16,7 @@ from xaibatch.options import Options
 from xaibatch.types import ALL_ZERO_MAP, NAN_MAP
 
 Output = Literal["logit", "probability"]
-"""What is read of the model: the class's logit, or its softmax probability."""
+"""What is read of the model: the class's logit, or its probability (see `model_output`)."""
 
 ScoredClass = Literal["label", "predicted"]
 """Whose output is read: the true label's, or that of the class predicted for the unperturbed image."""
@@ -60,10 +61,12 @@ def positive_mass(view: MapView, map_hw: NDArray[np.floating] | None = None) -> 
 
 
 def model_output(logits_xK: NDArray[np.floating], output: Output) -> NDArray[np.float64]:
-    """Logits, or softmax probabilities over the last axis, in float64; any leading axes."""
+    """Logits, or probabilities over the last axis, in float64: softmax, for one class sigmoid; any leading axes."""
     logits = np.asarray(logits_xK, np.float64)
     if output == "logit":
         return logits
+    if logits.shape[-1] == 1:
+        return np.asarray(expit(logits), np.float64)
     exponential = np.exp(logits - logits.max(-1, keepdims=True))
     probability: NDArray[np.float64] = exponential / exponential.sum(-1, keepdims=True)
     return probability
