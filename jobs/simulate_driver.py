@@ -134,7 +134,7 @@ def run_cells(num_shards: int, open_shards: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         job = job_of(Path(folder) / "run", open_shards)
         job.folder.create()
-        work = pending(job, index(num_shards * SHARD_SIZE))
+        work = pending(job, [Shard(index=number, records=()) for number in range(num_shards)])
         progress = Counting()
         rss, cpu, wall = resident_bytes(), time.process_time(), time.perf_counter()
         failed = run_on_ray(job, work, progress, actor=Pretending)
