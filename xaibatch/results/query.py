@@ -28,8 +28,8 @@ def query(runs: str | Sequence[str], sql: str, *, threads: int | None = None) ->
     runs: paths or URLs; the column `run` (last part of the path) tells them apart. The parts reach DuckDB as Arrow
     data sets, so it never opens a file itself: other files, extensions, COPY and ATTACH are refused, and the
     configuration is locked. Files that are not whole parts are left out and named in a warning of the log; one whose
-    damage shows only when its rows are read ends the query (RunFolderError names it). Raises UsageError for anything that is not one SELECT (also EXPLAIN), and for SQL that DuckDB does not accept, with its
-    own message.
+    damage shows only when its rows are read ends the query (RunFolderError names it). Raises UsageError for anything
+    that is not one SELECT (also EXPLAIN), and for SQL that DuckDB does not accept, with its own message.
     """
     opened = open_runs([runs] if isinstance(runs, str) else runs)
     folders = tuple(run.folder for run in opened)
