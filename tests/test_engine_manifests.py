@@ -53,7 +53,8 @@ def test_aws_machines_can_start_and_reach_the_store(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes a key pair there
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL"):  # other tests have a store of their own
+        monkeypatch.delenv(name, raising=False)
     with mock_aws():
         asked = ray_on_aws.bootstrap_aws(prepare_config(load("cluster.yaml")))
     machines = {name: kind["node_config"] for name, kind in asked["available_node_types"].items()}
