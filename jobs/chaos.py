@@ -28,6 +28,7 @@ from ray.cluster_utils import Cluster
 from tests.engine_chaos import ANYWHERE, EXPLAINERS, KINDS, METRICS, Chaos, chaos_images, schedule, write_config
 from tests.engine_cluster import FAULTS, KEYS, ROOT
 from tests.toy import Watch, toy_config
+from xaibatch.cluster.connect import SYSTEM_CONFIG
 from xaibatch.pipeline.local import run_local
 from xaibatch.pipeline.run import evaluate
 from xaibatch.results.parts import STAGING, RunFolder
@@ -52,7 +53,8 @@ def main() -> None:
         "PYTHONPATH": str(ROOT), FAULTS: str(faults), "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
     }  # fmt: skip
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "_system_config": SYSTEM_CONFIG}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         cluster.add_node(num_cpus=2)
         found = run(asked, cluster, folder, faults)

@@ -30,6 +30,10 @@ HOST_MEMORY_RETRIES: Final = 15
 """Times that a CPU task is run again which Ray ended because its machine's memory was full (mostly others' doing); then
 it counts as lost. Ray itself has no limit there, whatever `max_retries` says. RAY_task_oom_retries overrides it."""
 
+SYSTEM_CONFIG: Final = {"prestart_worker_first_driver": False}
+"""Of a cluster of our own. A machine's first driver would wait until Ray has started a worker for each CPU, for ever if
+one of them ends before it has reported (ray issue 40131)."""
+
 _MEMORY_SETTING: Final = "RAY_task_oom_retries"
 _PREFIX: Final = "xaibatch-ray-"
 _MAX_PLACE: Final = 24
@@ -117,6 +121,7 @@ def _start(folder: str) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=folder,
+            _system_config=SYSTEM_CONFIG,
         )
     except Exception as error:
         raise EngineError(
