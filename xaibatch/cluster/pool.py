@@ -202,7 +202,7 @@ class ReplicaPool:
             runtime_env={"env_vars": environment},
         ).remote(self.job, device="cuda" if place.num_gpus else "cpu", threads=place.threads)
         process = handle.process.remote()
-        return Slot(place=place, handle=handle, starting=handle.facts.remote(), process=process)
+        return Slot(place=place, handle=handle, starting=handle.facts.remote(process), process=process)
 
     def _settle_starting(self) -> list[Slot]:
         starting = {slot.starting: slot for slot in self.slots if slot.facts is None}

@@ -91,8 +91,9 @@ class Replica:
     def process(self) -> None:
         """Answered as soon as the process is there, before a model is loaded."""
 
-    def facts(self) -> ReplicaFacts:
-        """Load the model and say where it is."""
+    def facts(self, process: None = None) -> ReplicaFacts:
+        """Load the model and say where it is. Given `process`, Ray runs that call first: calls may overtake each
+        other."""
         device, segmentations = self.load()
         return ReplicaFacts(
             node_id=ray.get_runtime_context().get_node_id(),

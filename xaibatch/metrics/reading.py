@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from xaibatch.errors import NotScoredError
 from xaibatch.maps import on_pixels
@@ -66,7 +65,7 @@ def model_output(logits_xK: NDArray[np.floating], output: Output) -> NDArray[np.
     if output == "logit":
         return logits
     if logits.shape[-1] == 1:
-        return np.asarray(expit(logits), np.float64)
+        return np.asarray(np.exp(-np.logaddexp(0, -logits)), np.float64)
     exponential = np.exp(logits - logits.max(-1, keepdims=True))
     probability: NDArray[np.float64] = exponential / exponential.sum(-1, keepdims=True)
     return probability
