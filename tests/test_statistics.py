@@ -330,8 +330,10 @@ def test_explainers_alike_in_the_mean_only_raise_few_false_alarms():
     excluded = (np.array(found[2]) > 0) | (np.array(found[3]) < 0)
     assert 0.06 < alone.mean() < 0.1
     assert (alone & excluded).mean() <= 0.05 + TOLERANCE
-    verdicts = [compare(values[:, [k]], np.arange(40), [1], seed=0)[0].verdict for k in range(40)]
-    assert [v != "undecided" for v in verdicts] == (alone & excluded)[:40].tolist()
+    settled = alone & excluded
+    chosen = [*range(6), *np.flatnonzero(settled)[:6]]
+    verdicts = [compare(values[:, [k]], np.arange(40), [1], seed=0)[0].verdict for k in chosen]
+    assert [v != "undecided" for v in verdicts] == settled[chosen].tolist()
 
 
 def test_a_whole_family_without_a_difference_raises_an_alarm_in_at_most_five_percent(monkeypatch):
