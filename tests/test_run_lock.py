@@ -139,7 +139,11 @@ def test_of_many_who_find_a_stale_lock_one_wins(folder: RunFolder) -> None:
 
 
 def contend(folder: RunFolder, start: Any, done: Any, results: Any) -> None:
-    lock = RunLock(folder)
+    results.put(entered(RunLock(folder), start, done))
+
+
+def entered(lock: RunLock, start: Any, done: Any) -> bool:
+    """Try to enter a lock when all are there; who is in leaves it after the last has tried."""
     start.wait()
     try:
         lock.__enter__()
@@ -149,7 +153,7 @@ def contend(folder: RunFolder, start: Any, done: Any, results: Any) -> None:
     done.wait()
     if won:
         lock.__exit__(None, None, None)
-    results.put(won)
+    return won
 
 
 def test_of_many_on_a_store_without_conditions_one_wins() -> None:
@@ -207,21 +211,8 @@ def crowd(folder: RunFolder, num: int) -> list[bool]:
     """Let that many threads enter a lock at the same moment; all that did leave it after the last has tried."""
     start, done = threading.Barrier(num), threading.Barrier(num)
 
-    def contend_once(_: int) -> bool:
-        lock = RunLock(folder, settle_s=0.3)
-        start.wait()
-        try:
-            lock.__enter__()
-            won = True
-        except RunFolderError:
-            won = False
-        done.wait()
-        if won:
-            lock.__exit__(None, None, None)
-        return won
-
     with ThreadPoolExecutor(num) as pool:
-        return list(pool.map(contend_once, range(num)))
+        return list(pool.map(lambda _: entered(RunLock(folder, settle_s=0.3), start, done), range(num)))
 
 
 def test_a_full_disk_is_said(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ and never read; `examine` looks into the files for copies, damage and parts of o
 A full disk and a store that fails are waited for, with a limit (`Retries`).
 """
 
-import inspect
 import io
 import json
 import os
@@ -27,6 +26,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from xaibatch.errors import RunFolderError
+from xaibatch.results import conditional
 from xaibatch.results.atomic import create_file, replace_file, sweep
 from xaibatch.results.retrying import Retries
 from xaibatch.results.schema import TABLES
@@ -125,33 +125,20 @@ class RunFolder:
                 return create_file(Path(target), content, self._staging)
             except OSError as error:
                 raise RunFolderError(f"cannot write {target!r}: {error}") from error
-        return bool(self._retry(lambda: _create_remote(self._fs, content, target), f"write {target!r}"))
+        return bool(self._retry(lambda: conditional.create(self._fs, content, target), f"write {target!r}"))
 
     def tag(self, *parts: str) -> str:
         """What `replace_tagged` asks for: an S3 object's ETag; empty on other stores and local folders. Raises
         FileNotFoundError where S3 has no such object."""
-        if self._local or not _has_tags(self._fs):
+        if self._local or not conditional.has_tags(self._fs):
             return ""
         target = self.path(*parts)
-        info = self._retry(lambda: self._fs.info(target, refresh=True), f"look for {target!r}")
-        return str(info.get("ETag") or "")
+        return str(self._retry(lambda: conditional.tag(self._fs, target), f"look for {target!r}"))
 
     def replace_tagged(self, content: bytes, tag: str, *parts: str) -> bool:
         """Write an S3 object only while its ETag is `tag`; False where it is another, or the object is gone."""
         target = self.path(*parts)
-
-        def put() -> bool:
-            try:
-                self._fs.pipe_file(target, content, IfMatch=tag)
-            except FileNotFoundError:
-                return False
-            except OSError as error:
-                if _is_refusal(error):
-                    return False
-                raise
-            return True
-
-        return bool(self._retry(put, f"write {target!r}"))
+        return bool(self._retry(lambda: conditional.replace(self._fs, content, tag, target), f"write {target!r}"))
 
     def remove(self, *parts: str) -> None:
         """Remove a file; raises FileNotFoundError where there is none."""
@@ -329,41 +316,6 @@ def part_bytes(table: str, part: str, rows: pa.Table, *, run_id: str = "") -> by
 
 def _opened(url: str, retries: Retries) -> RunFolder:
     return RunFolder(url, retries=retries)
-
-
-def _create_remote(filesystem: Any, content: bytes, target: str) -> bool:
-    """A conditional write where the store's implementation has one (some take the mode and ignore it), else a look
-    before the write."""
-    if _can_create(filesystem):
-        try:
-            filesystem.pipe_file(target, content, mode="create")
-            return True
-        except FileExistsError:
-            return False
-        except (TypeError, ValueError, NotImplementedError):
-            pass
-    filesystem.invalidate_cache()
-    if filesystem.exists(target):
-        return False
-    filesystem.pipe_file(target, content)
-    return True
-
-
-def _can_create(filesystem: Any) -> bool:
-    """Whether `pipe_file` knows `mode`; where it does not, the mode is one keyword among others and may be dropped."""
-    write = getattr(filesystem, "_pipe_file", None) or filesystem.pipe_file
-    return "mode" in inspect.signature(write).parameters
-
-
-def _has_tags(filesystem: Any) -> bool:
-    protocol = filesystem.protocol
-    return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
-
-
-def _is_refusal(error: OSError) -> bool:
-    """Whether S3 answered that a condition does not hold."""
-    answer = getattr(error.__cause__, "response", {})
-    return isinstance(error, FileExistsError) or answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412")
 
 
 def _whole(path: str) -> bool:
