@@ -121,6 +121,7 @@ class Pool(SimpleNamespace):
             for name in "ab"
         ]
         self.ready, self.avoid, self.dead, self.judged = self.slots, frozenset(), set[str](), list[bool]()
+        self.num_starting = 0
 
     def has_lost_its_node(self, slot: Slot) -> bool:
         return slot.node_id in self.dead
@@ -205,6 +206,19 @@ def test_a_shard_is_not_given_to_the_replica_that_it_was_lost_on(driver: Any, po
     driver._again.append(shard)
     driver._admit()
     assert shard.slot is first, "there is no other one"
+
+
+def test_the_last_shards_wait_for_replicas_that_start(driver: Any, pool: Pool) -> None:
+    """The first replica to be ready queues a second shard only if there is one for every other replica besides."""
+    first, second = pool.slots
+    pool.ready, pool.num_starting = [first], 1
+    while driver._num_fresh > 2:
+        driver._take(driver._upcoming())
+    driver._admit()
+    assert first.num_open == 1 and driver._num_fresh == 1, "the last one is for the other replica"
+    pool.ready, pool.num_starting = [first, second], 0
+    driver._admit()
+    assert (first.num_open, second.num_open, driver._num_fresh) == (1, 1, 0)
 
 
 def test_what_goes_with_its_node_is_no_suspicion(driver: Any, pool: Pool) -> None:

@@ -320,6 +320,16 @@ def test_without_the_images_the_page_says_so_and_shows_maps(run_url, tmp_path):
     assert "data:image/webp" in text
 
 
+def test_sessions_of_different_versions_are_said(run_url, tmp_path):
+    shutil.copytree(run_url, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    idle = {"num_cells": 0, "versions": {"torch": "2.9", "numpy": "1.0"}, "code": {}}
+    record["sessions"] = [idle, *({"num_cells": 3, "versions": {"torch": v, "numpy": "2.0"}} for v in ("2.9", "2.10"))]
+    path.write_text(json.dumps(record))
+    assert "Sessions of this run used different versions (torch)" in Path(write_report(str(path.parent))).read_text()
+
+
 def browser_data(text):
     return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
 

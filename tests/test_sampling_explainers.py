@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from xaibatch.errors import ConfigError
-from xaibatch.explainers.base import EXPLAINERS, ExplainInput
+from xaibatch.explainers.base import EXPLAINERS, ExplainInput, InputShape
 from xaibatch.explainers.explained_output import explained_output, probabilities
 from xaibatch.explainers.kernel_shap import KernelShap
 from xaibatch.explainers.lime import Lime
@@ -287,8 +287,10 @@ def test_a_gap_between_windows_is_refused():
     assert window_positions(5, 5, 100).tolist() == [0]
 
 
-def test_estimated_passes_are_those_made_at_224_pixels():
-    images = torch.zeros(1, 3, 224, 224, dtype=torch.float64)
+@pytest.mark.parametrize("size", [(224, 224), (160, 240)])
+def test_estimated_passes_are_those_made(size):
+    images = torch.zeros(1, 3, *size, dtype=torch.float64)
+    shape = InputShape(size, (size[0] // 16, size[1] // 16))
     for explainer in (
         Occlusion(),
         PatchOcclusion(),
@@ -296,15 +298,15 @@ def test_estimated_passes_are_those_made_at_224_pixels():
         KernelShap(num_samples=30),
         Lime(num_samples=9),
     ):
-        runner = PlanRunner(model=nn.Sequential(nn.AvgPool2d(112), nn.Flatten()), batch_size=99)
+        runner = PlanRunner(model=nn.Sequential(nn.AvgPool2d(80), nn.Flatten()), batch_size=99)
         inputs = ExplainInput(
             model=runner.model, images_BCHW=images, targets_B=torch.tensor([0]),
             keys=(DrawKey(seed=0, image_id="a"),),
             run_plans=lambda requests, runner=runner: runner.run(images, requests),
-            segments={"quickshift": [patch_grid((224, 224), patch_size=32)]},
+            segments={"quickshift": [patch_grid(size, patch_size=32)]},
         )  # fmt: skip
         explainer.explain(inputs)
-        assert runner.num_forward_passes == explainer.num_forward_passes(), explainer.name
+        assert runner.num_forward_passes == explainer.num_forward_passes(shape), explainer.name
 
 
 # -- what all of them promise

@@ -24,8 +24,11 @@ from xaibatch.pipeline.session import Session
 from xaibatch.pipeline.work import pixels_for
 
 EXPLAINERS = ("transformer_lrp", "attention_rollout_mean", "attention_rollout_min", "attention_rollout_max")
-"""Whose maps are scored: the first one alone, then all four. They share a trace, so that re-explaining noisy copies is
-cheap for both sides and the metrics themselves are compared."""
+"""Whose maps are scored: the first one alone, then all four. The first adds a relevance pass of its own to the trace
+that they share."""
+
+ONE_TRACE = ("attention_gradient", "gradcam", "input_gradient", "raw_attention")
+"""Four that read one trace and add no pass of their own: what re-explaining noisy copies can share is all shared."""
 
 NUM_NOISY = 5
 """Noisy copies of the robustness metrics."""
@@ -39,6 +42,11 @@ class Pair:
     quantus: str
     options: Mapping[str, Any] = field(default_factory=dict)
     quantus_options: Mapping[str, Any] = field(default_factory=dict)
+    explainers: tuple[str, ...] = EXPLAINERS
+
+    @property
+    def title(self) -> str:
+        return self.ours if self.explainers == EXPLAINERS else f"{self.ours}, one trace"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +102,10 @@ def measure_metrics(setting: Setting) -> Part:
     for pair in pairs(few):
         if setting.options.only and pair.ours not in setting.options.only:
             continue
-        announce(pair.ours)
-        benches = {num: bench(few, pair, num) for num in (1, len(EXPLAINERS))}
+        announce(pair.title)
+        benches = {num: bench(few, pair, num) for num in (1, len(pair.explainers))}
         lines.append(_line(few, pair, benches))
-        profiled[pair.ours] = benches[len(EXPLAINERS)].ours
+        profiled[pair.title] = benches[len(pair.explainers)].ours
     return Part(
         name="metrics",
         title=f"metrics, {setting.options.model}",
@@ -108,7 +116,7 @@ def measure_metrics(setting: Setting) -> Part:
             "ours for all explainers; maps are given to both, ours plans, runs and scores",
             f"{len(few.dataset.records)} images, {setting.options.num_steps} steps; noisy copies are explained in "
             "batches by our explainers on both sides",
-            "explainers: " + ", ".join(EXPLAINERS),
+            f"explainers: {', '.join(EXPLAINERS)}; one trace: {', '.join(ONE_TRACE)}",
         ),
     )
 
@@ -158,6 +166,13 @@ def pairs(setting: Setting) -> tuple[Pair, ...]:
             quantus_options={"perturb_patch_sizes": [side], "n_perturb_samples": 1},
         ),
         Pair(ours="avg_sensitivity", quantus="AvgSensitivity", options=noisy, quantus_options=stock_noisy),
+        Pair(
+            ours="avg_sensitivity",
+            quantus="AvgSensitivity",
+            options=noisy,
+            quantus_options=stock_noisy,
+            explainers=ONE_TRACE,
+        ),
         Pair(ours="max_sensitivity", quantus="MaxSensitivity", options=noisy, quantus_options=stock_noisy),
         Pair(
             ours="local_lipschitz_estimate",
@@ -178,6 +193,12 @@ def pairs(setting: Setting) -> tuple[Pair, ...]:
             quantus_options=stock_noisy,
         ),
         Pair(ours="random_logit", quantus="RandomLogit", quantus_options={"num_classes": num_classes}),
+        Pair(
+            ours="random_logit",
+            quantus="RandomLogit",
+            quantus_options={"num_classes": num_classes},
+            explainers=ONE_TRACE,
+        ),
         Pair(ours="sparseness", quantus="Sparseness"),
         Pair(ours="complexity", quantus="Complexity"),
         Pair(ours="effective_complexity", quantus="EffectiveComplexity"),
@@ -196,7 +217,7 @@ def entries_in_step(channels: int, num_pixels: int, num_steps: int) -> int:
 
 def bench(setting: Setting, pair: Pair, num_explainers: int) -> Bench:
     """Explain the images once with the first explainers, so that only the metric is measured."""
-    labels = EXPLAINERS[:num_explainers]
+    labels = pair.explainers[:num_explainers]
     job = setting.job({label: {} for label in labels}, {pair.ours: dict(pair.options)})
     session = setting.session(job)
     explained = session.explain(setting.shard())
@@ -217,13 +238,13 @@ def _line(setting: Setting, pair: Pair, benches: Mapping[int, Bench]) -> Line:
             work["stock"] = partial(one.stock, pair, best)
         timings, errors = interleaved(work, runs=options.runs, device=options.device)
         if errors:
-            return Line(name=pair.ours, cells=cells, remark="; ".join(f"{k}: {v}" for k, v in errors.items()))
+            return Line(name=pair.title, cells=cells, remark="; ".join(f"{k}: {v}" for k, v in errors.items()))
         ours, stock = timings["ours"], timings.get("stock")
         cells[f"ms an image, {num} expl."] = 1000 * ours.per(len(setting.dataset.records)).median
         cells[f"stock / ours, {num} expl."] = ratio(stock, ours) if stock else None
         cells[f"CPU time, {num} expl."] = ratio(stock, ours, "cpu").median if stock else None
     cells["stock batch"] = None if failure else best
-    return Line(name=pair.ours, cells=cells, remark=failure or pair.quantus)
+    return Line(name=pair.title, cells=cells, remark=failure or pair.quantus)
 
 
 def _best_batch(setting: Setting, pair: Pair, one: Bench) -> tuple[int, str]:

@@ -80,8 +80,9 @@ class Setting:
     ) -> Job:
         """A job as a run would settle it; `changes` replace sections of the configuration."""
         config = self.run_config(explainers, metrics, **changes)
-        facts = describe_explainers(config)
-        grid = token_grid_of(self.model, self.model.preprocessing.image_size)
+        image_size = self.model.preprocessing.image_size
+        grid = token_grid_of(self.model, image_size)
+        facts = describe_explainers(config, image_size, grid.shape)
         folder = RunFolder(str(self.folder / "run"))
         folder.create()
         labels = (*explainers, *metrics)

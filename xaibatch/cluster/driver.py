@@ -110,7 +110,7 @@ class _Driver:
         self._engine = job.config.engine
         self._job_ref = ray.put(job)
         self._sent = cells.Sent(job=self._job_ref)
-        self._fresh = iter(work)
+        self._fresh, self._num_fresh = iter(work), len(work)
         self._next: _Open | None = None
         self._again: deque[_Open] = deque()
         self._cells: dict[Any, tuple[_Open, str]] = {}
@@ -180,15 +180,15 @@ class _Driver:
         self._start_adapters()
 
     def _choices(self, shard: _Open, kept: Slot | None) -> list[Slot]:
-        """Replicas that may take the shard: not those that were lost under it, as long as there are others."""
+        """Replicas that may take the shard: not those that were lost under it, as long as there are others. The last
+        fresh shards do not queue behind another one while replicas start that would work on them at once."""
         ready = self._pool.ready
         others = [slot for slot in ready if slot.place not in shard.lost_in]
+        limit = self._engine.shards_in_flight if self._num_fresh > self._pool.num_starting else 1
         return [
             slot
             for slot in others or ready
-            if slot is not kept
-            and not slot.exclusive
-            and (shard.alone or slot.num_open < self._engine.shards_in_flight)
+            if slot is not kept and not slot.exclusive and (shard.alone or slot.num_open < limit)
         ]
 
     def _due(self) -> Iterator[_Open]:
@@ -207,6 +207,7 @@ class _Driver:
     def _take(self, shard: _Open) -> None:
         if shard is self._next:
             self._next = None
+            self._num_fresh -= 1
         else:
             self._again.remove(shard)
 

@@ -108,6 +108,10 @@ class ReplicaPool:
         return [slot for slot in self.slots if slot.facts is not None and not slot.retired]
 
     @property
+    def num_starting(self) -> int:
+        return sum(slot.facts is None and not slot.retired for slot in self.slots)
+
+    @property
     def avoid(self) -> frozenset[str]:
         """Nodes that do not see the run's files: nothing may run there."""
         return self._check.avoid
@@ -165,7 +169,7 @@ class ReplicaPool:
         free: Any = ray.available_resources()  # type: ignore[no-untyped-call]
         needs = {f"{slot.place.num_gpus:g} GPUs" for slot in self.slots if slot.facts is None}
         return (
-            f"{sum(slot.facts is None for slot in self.slots)} of {len(self.slots)} are starting or wait for "
+            f"{self.num_starting} of {len(self.slots)} are starting or wait for "
             f"{' or '.join(sorted(needs)) or 'a node'} each; free in the cluster: {free.get('GPU', 0):g} GPUs, "
             f"{free.get('CPU', 0):g} CPUs"
         )

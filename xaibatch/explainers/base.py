@@ -59,6 +59,18 @@ class Attribution:
     extras: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class InputShape:
+    """A model's input: height and width in pixels, rows and columns of its tokens."""
+
+    size: tuple[int, int]
+    grid: tuple[int, int]
+
+
+NOMINAL = InputShape(size=(224, 224), grid=(14, 14))
+"""The input that `Explainer.cost` speaks of: it is asked for before there is a model."""
+
+
 class Explainer(ABC):
     """One explanation method with its options fixed.
 
@@ -92,7 +104,7 @@ class Explainer(ABC):
         """Forward passes (or their worth) per image, for people: `500 forward passes`, `1 forward + 1 backward`."""
         return "1 forward"
 
-    def num_forward_passes(self) -> int:
+    def num_forward_passes(self, shape: InputShape = NOMINAL) -> int:
         """Model evaluations of perturbed copies per image beyond the shared trace, for the estimate before a run."""
         return 0
 

@@ -11,6 +11,7 @@ Shape letters: B images, C channels, H W pixels, h w a map's own sides, D featur
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import captum.attr
@@ -22,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from xaibatch.errors import ConfigError, ModelError, UnknownNameError, UsageError
-from xaibatch.explainers.base import Attribution, Explainer, ExplainInput
+from xaibatch.explainers.base import NOMINAL, Attribution, Explainer, ExplainInput, InputShape
 from xaibatch.explainers.hooked_model import ready_for_hooks
 from xaibatch.explainers.superpixels import SuperpixelOptions, superpixels
 from xaibatch.models.token_grid import token_grid_of
@@ -60,9 +61,6 @@ RELU_CLASSES = frozenset({"Deconvolution", "GuidedBackprop", "GuidedGradCam"})
 
 DEEP_LIFT_CLASSES = frozenset({"DeepLift", "DeepLiftShap", "LayerDeepLift", "LayerDeepLiftShap"})
 """They know pointwise non-linearities and pooling, not attention and LayerNorm."""
-
-NOMINAL_SUPERPIXELS = 14 * 14
-"""Superpixels that the estimate of forward passes assumes: the patches of a 224-pixel image."""
 
 _HANDED_OVER = frozenset(
     {"inputs", "target", "baselines", "internal_batch_size", "perturbations_per_eval", "feature_mask",
@@ -242,10 +240,10 @@ class CaptumExplainer(Explainer):
         parameter = self._parameters().get(argument)
         return 1 if parameter is None else int(parameter.default)
 
-    def num_forward_passes(self) -> int:
+    def num_forward_passes(self, shape: InputShape = NOMINAL) -> int:
         passes = self._default("n_steps") * self._default("n_samples") * max(self.options.noise_samples, 1)
         per_superpixel = self.method.__name__ in ("FeatureAblation", "ShapleyValueSampling")
-        return passes * NOMINAL_SUPERPIXELS if per_superpixel else passes
+        return passes * prod(shape.grid) if per_superpixel else passes
 
     def cost(self) -> str:
         if self.method.__name__ == "Occlusion":

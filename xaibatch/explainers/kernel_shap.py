@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
+from xaibatch.explainers.base import EXPLAINERS, NOMINAL, Attribution, Explainer, ExplainInput, InputShape
 from xaibatch.explainers.explained_output import Output, explained_output
 from xaibatch.explainers.shapley_fit import additive_r2, draw_coalitions, solve_shapley
 from xaibatch.explainers.superpixels import SuperpixelOptions, paint, superpixels
@@ -80,7 +80,7 @@ class KernelShap(Explainer):
     def cost(self) -> str:
         return f"{self.options.num_samples} forward"
 
-    def num_forward_passes(self) -> int:
+    def num_forward_passes(self, shape: InputShape = NOMINAL) -> int:
         return self.options.num_samples
 
     @property

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
+from xaibatch.explainers.base import EXPLAINERS, NOMINAL, Attribution, Explainer, ExplainInput, InputShape
 from xaibatch.explainers.explained_output import probabilities
 from xaibatch.explainers.lime_fit import draw_samples, fit_local_model, top_k_mask
 from xaibatch.explainers.superpixels import SuperpixelOptions, paint, superpixels
@@ -100,7 +100,7 @@ class Lime(Explainer):
     def cost(self) -> str:
         return f"{self.options.num_samples} forward"
 
-    def num_forward_passes(self) -> int:
+    def num_forward_passes(self, shape: InputShape = NOMINAL) -> int:
         return self.options.num_samples
 
     @property

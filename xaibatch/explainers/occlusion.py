@@ -3,19 +3,18 @@
 Shape letters: B images, H W pixels, R C rows and columns of window positions, S samples.
 """
 
+from math import prod
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
+from xaibatch.explainers.base import EXPLAINERS, NOMINAL, Attribution, Explainer, ExplainInput, InputShape
 from xaibatch.explainers.explained_output import Output, explained_output
-from xaibatch.models.token_grid import SQUARE, token_grid_of
+from xaibatch.models.token_grid import token_grid_of
 from xaibatch.options import Options
 from xaibatch.perturb.plans import Baseline, WindowPlan
-
-NOMINAL_SIDE = 224
-"""Image side in pixels that `num_forward_passes` assumes: it is asked before any image is seen."""
 
 
 class PatchOcclusionOptions(Options):
@@ -75,11 +74,11 @@ class Occlusion(Explainer):
         return Attribution(maps_Bhw=torch.from_numpy(np.stack(maps)).to(inputs.images_BCHW))
 
     def cost(self) -> str:
-        return f"{self.num_forward_passes()} forward at {NOMINAL_SIDE} pixels"
+        return f"{self.num_forward_passes()} forward at {NOMINAL.size[0]} pixels"
 
-    def num_forward_passes(self) -> int:
-        window = min(self.options.window, NOMINAL_SIDE)
-        return len(window_positions(NOMINAL_SIDE, window, self.options.stride)) ** 2 + 1
+    def num_forward_passes(self, shape: InputShape = NOMINAL) -> int:
+        window, stride = self.options.window, self.options.stride
+        return 1 + prod(len(window_positions(side, min(window, side), stride)) for side in shape.size)
 
 
 @EXPLAINERS.register("occlusion_patch")
@@ -108,8 +107,8 @@ class PatchOcclusion(Explainer):
     def cost(self) -> str:
         return "one forward per patch"
 
-    def num_forward_passes(self) -> int:
-        return (NOMINAL_SIDE // SQUARE) ** 2 + 1
+    def num_forward_passes(self, shape: InputShape = NOMINAL) -> int:
+        return 1 + prod(shape.grid)
 
 
 def window_positions(pixels: int, window: int, stride: int) -> NDArray[np.int64]:

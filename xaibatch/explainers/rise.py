@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from xaibatch.explainers.base import EXPLAINERS, Attribution, Explainer, ExplainInput
+from xaibatch.explainers.base import EXPLAINERS, NOMINAL, Attribution, Explainer, ExplainInput, InputShape
 from xaibatch.explainers.explained_output import explained_output
 from xaibatch.options import Options
 from xaibatch.perturb.expand import soft_mask_cell, soft_masks
@@ -79,7 +79,7 @@ class Rise(Explainer):
     def cost(self) -> str:
         return f"{self.options.num_masks} forward"
 
-    def num_forward_passes(self) -> int:
+    def num_forward_passes(self, shape: InputShape = NOMINAL) -> int:
         return self.options.num_masks
 
 

@@ -48,6 +48,7 @@ def new_record(
     config: RunConfig, folder: RunFolder, dataset: DataSet, model: Mapping[str, Any], precisions: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The record of a run that is about to start. `model` and `precisions` are what was settled before."""
+    size, grid = model["preprocessing"]["image_size"], model["token_grid"]
     return {
         "format": FORMAT,
         "run": folder.name,
@@ -58,7 +59,7 @@ def new_record(
         "config": config.model_dump(mode="json"),
         "model": dict(model),
         "data": describe_data(config, dataset),
-        "explainers": describe_explainers(config),
+        "explainers": describe_explainers(config, size, (grid["rows"], grid["columns"])),
         "metrics": describe_metrics(config, model),
         "precision": dict(precisions),
         "versions": versions(),
@@ -206,9 +207,11 @@ def describe_data(config: RunConfig, dataset: DataSet) -> dict[str, Any]:
     }
 
 
-def describe_explainers(config: RunConfig) -> dict[str, Any]:
-    """Per label: method, options in full, title, paper, sign, granularity, cost."""
-    from xaibatch.explainers.resolve import resolve_explainer  # torch: only a new run needs it
+def describe_explainers(config: RunConfig, size: tuple[int, int], grid: tuple[int, int]) -> dict[str, Any]:
+    """Per label: method, options in full, title, paper, sign, granularity; its cost for images of a size (H,W) and
+    tokens in a grid of rows and columns."""
+    from xaibatch.explainers.base import InputShape  # torch: only a new run needs it
+    from xaibatch.explainers.resolve import resolve_explainer
 
     described = {}
     for label, options in config.explainers.items():
@@ -225,7 +228,7 @@ def describe_explainers(config: RunConfig) -> dict[str, Any]:
             "segmentation": explainer.segmentation,
             "cost": explainer.cost(),
             "needs": explainer.needs,
-            "num_forward_passes": explainer.num_forward_passes(),
+            "num_forward_passes": explainer.num_forward_passes(InputShape(size, grid)),
         }
     return described
 

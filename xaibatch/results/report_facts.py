@@ -33,6 +33,8 @@ def notices(run: Run, cube: ScoreCube) -> Iterator[str]:
         )
     if floor_explainer(cube.explainers, record) is None:
         yield "The run has no random map, so there is no floor that scores could be compared with."
+    if mixed := _mixed_versions(record):
+        yield f"Sessions of this run used different versions ({', '.join(mixed)}): its rows are of all of them."
     for path, problem in run.problems().items():
         yield f"Left out {path}: {problem}."
 
@@ -75,6 +77,17 @@ def failure_lines(run: Run) -> list[str]:
     rows = run.failures.arrow().sort_by("image_id").slice(0, MAX_FAILURES_LISTED + 1).to_pylist()
     lines = [f"{row['image_id']} ({row['stage']}): {row['message']}" for row in rows[:MAX_FAILURES_LISTED]]
     return [*lines, "and more: see the table `failures`"] if len(rows) > MAX_FAILURES_LISTED else lines
+
+
+def _mixed_versions(record: Mapping[str, Any]) -> list[str]:
+    """What the sessions that did some work had in different versions: packages, Python, the platform, the code."""
+    seen: dict[str, set[str]] = {}
+    for session in record.get("sessions", ()):
+        if session.get("num_cells"):
+            versions = {**session.get("versions", {}), "code": session.get("code", {}).get("commit")}
+            for name, version in versions.items():
+                seen.setdefault(name, set()).add(str(version))
+    return sorted(name for name, versions in seen.items() if len(versions) > 1)
 
 
 def _source(model: Mapping[str, Any]) -> str:
