@@ -1,5 +1,6 @@
 """Fixtures: the golden files of the small model, and the development folder beside the checkout where there is one."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -8,6 +9,16 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["tests.engine_cluster"]
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection made stays: no garbage collection looks at it again (statsmodels' Holm collects at
+    every call, half a second each in a process this large)."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
