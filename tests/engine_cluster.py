@@ -48,6 +48,7 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "2")  # of the client library itself, whose pauses are long
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv(FAULTS, str(faults))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
