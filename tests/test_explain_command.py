@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import xaibatch
 from tests.toy import toy_images
 from xaibatch.cli import main
+from xaibatch.cli.explain import SHIPPED
 from xaibatch.data.decode import decode_image
 from xaibatch.embedded import MODEL_NAME, model_path
 from xaibatch.errors import ConfigError, ModelError, UsageError
@@ -81,7 +82,7 @@ def test_an_overlay_shows_map_class_probability_and_colour_bar(
         grey_image(prepared[0].numpy(), shipped.preprocessing.mean, shipped.preprocessing.std),
         maps[0].numpy(),
         title=f"{shipped.class_names[predicted]} (p = {probability[predicted]:.2f})",
-        subtitle=explainer.title,
+        subtitle=f"{explainer.title}\n{SHIPPED}",
         signed=explainer.signed,
     )
     figure.savefig(tmp_path / "expected.png", dpi=200)
@@ -101,7 +102,9 @@ def test_images_of_one_name_get_an_overlay_each(
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     expected = [f"{label}-0.{name}.png" for label in ("covid", "normal") for name in ("random", "raw_attention")]
     assert written == expected
-    assert sorted(Path(line).name for line in capsys.readouterr().out.splitlines()) == expected
+    printed = capsys.readouterr()
+    assert sorted(Path(line).name for line in printed.out.splitlines()) == expected
+    assert printed.err == f"no --model: {SHIPPED}\n"
 
 
 def test_a_bad_image_is_one_line_and_the_others_are_explained(
@@ -112,7 +115,7 @@ def test_a_bad_image_is_one_line_and_the_others_are_explained(
     assert run("explain", bad, tmp_path / "absent.png", image, "-e", "random", "-o", tmp_path / "out") == 1
     captured = capsys.readouterr()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.random.png"]
-    assert [line.split(":")[0] for line in captured.err.splitlines()] == ["error", "error"]
+    assert [line.split(":")[0] for line in captured.err.splitlines()] == ["no --model", "error", "error"]
     assert "Traceback" not in captured.err
 
 

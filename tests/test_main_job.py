@@ -18,7 +18,7 @@ from tests.toy import CLASSES, MODEL, toy_images
 from xaibatch.cli import main
 from xaibatch.cli.evaluate import FIRST_RUN, config_path, named_configs
 from xaibatch.config import ALIASES, load_config, parse_setting, select
-from xaibatch.errors import ConfigError
+from xaibatch.errors import ConfigError, UnknownNameError
 from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.models.load import load_model
 from xaibatch.results.parts import RunFolder
@@ -248,12 +248,22 @@ def test_settings_reach_methods_whose_names_hold_dots() -> None:
 def test_an_alias_takes_the_preset_s_options() -> None:
     """Bare `attention_rollout` under the study's protocol is the study's rollout, not the default one."""
     paper = load_config(config_path("paper"), {"explainers.attention_rollout.discard_ratio": 0.25})
-    chosen = select(paper, explainers=["attention_rollout"]).explainers
+    chosen = select(paper, paper, explainers=["attention_rollout"]).explainers
     assert chosen == {"attention_rollout_mean": {"normalisation": "study", "discard_ratio": 0.25}}
     floor = load_config(config_path("paper"), dict([parse_setting("explainers.random={}")])).explainers
     assert floor == {**load_config(config_path("paper")).explainers, "random": {}}  # as paper.yaml's head has it
     for alias, name in ALIASES.items():
         assert resolve_explainer(alias) is resolve_explainer(name)
+
+
+def test_a_setting_of_a_name_that_is_not_listed_is_refused() -> None:
+    """Its options would have no effect; those of the preset's own labels may stand."""
+    base = load_config(config_path("default"))
+    mistaken = load_config(config_path("default"), {"explainers.lmie.num_samples": 20})
+    with pytest.raises(UnknownNameError, match=r"--set explainers 'lmie'. Did you mean 'lime'"):
+        select(mistaken, base, explainers=["lime", "random"])
+    other = load_config(config_path("default"), {"explainers.lime.num_samples": 20, "metrics.sparseness.abs": True})
+    assert list(select(other, base, explainers=["random"], metrics=["sparseness"]).explainers) == ["random"]
 
 
 def test_named_configurations_are_listed_and_valid(capsys: pytest.CaptureFixture[str]) -> None:

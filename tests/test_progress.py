@@ -78,6 +78,19 @@ def test_lines_sums_and_json(job: Job) -> None:
     )
 
 
+def test_passes_that_nobody_counted_foretell_nothing(job: Job) -> None:
+    """A metric that calls the model itself has made more passes than all that were expected: a quarter of the cells is
+    a quarter of the way."""
+    clock, lines = Clock(), io.StringIO()
+    watcher = ProgressWatcher(stream=lines, live=False, json_s=0, clock=clock)
+    watcher.start(job, replace(EXPECTED, num_forward_passes=50, uncounted=("quantus:Focus",)), 0)
+    watcher.replicas(1)
+    clock.now += 10
+    watcher.done(REPORT)
+    assert state(job)["seconds_left"] == pytest.approx(30)
+    assert lines.getvalue().splitlines()[0].endswith("about 50 forward passes; not counted: quantus:Focus")
+
+
 def test_lines_are_few(job: Job) -> None:
     """However many cells end, one line in ten seconds."""
     clock, lines = Clock(), io.StringIO()

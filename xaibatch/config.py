@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from xaibatch.data.findings import FindingOptions
-from xaibatch.errors import ConfigError
+from xaibatch.errors import ConfigError, UnknownNameError
 from xaibatch.maps import MapOptions
 from xaibatch.options import Options, validated
 
@@ -222,14 +222,23 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ConfigError(f"the value of {key!r} is not valid YAML: {error}") from None
 
 
-def select(config: RunConfig, *, explainers: Sequence[str] = (), metrics: Sequence[str] = ()) -> RunConfig:
-    """Keep the named labels, with the configuration's options where it has them and defaults otherwise."""
+def select(
+    config: RunConfig, base: RunConfig, *, explainers: Sequence[str] = (), metrics: Sequence[str] = ()
+) -> RunConfig:
+    """Keep the listed labels, with the configuration's options where it has them and defaults otherwise.
+
+    `base` is the configuration before settings were applied. A label that a setting alone names and that is not listed
+    is refused (UnknownNameError): its options would have no effect.
+    """
     changes: dict[str, Any] = {}
-    if explainers:
-        labels = [label if label in config.explainers else ALIASES.get(label, label) for label in explainers]
-        changes["explainers"] = {label: config.explainers.get(label, {}) for label in labels}
-    if metrics:
-        changes["metrics"] = {label: config.metrics.get(label, {}) for label in metrics}
+    for section, listed in (("explainers", explainers), ("metrics", metrics)):
+        if listed:
+            there, before = getattr(config, section), getattr(base, section)
+            labels = [label if label in there else ALIASES.get(label, label) for label in listed]
+            for label in there:
+                if label not in before and label not in labels:
+                    raise UnknownNameError(f"name in --set {section}", label, labels)
+            changes[section] = {label: there.get(label, {}) for label in labels}
     return config.model_copy(update=changes)
 
 

@@ -1,6 +1,7 @@
 """The command line: `xaibatch evaluate | explain | query | report | ...`; a user error is one line and exit code 2."""
 
 import sys
+from pathlib import Path
 
 import typer
 
@@ -25,8 +26,13 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run_app(command: typer.Typer, args: list[str] | None = None) -> None:
-    """Run a typer application; XaibatchError becomes one line on standard error and its own exit code."""
+    """Run a typer application; XaibatchError becomes one line on standard error and its own exit code.
+
+    A user's own explainer may lie in the current folder, which a console script does not search by itself.
+    """
     keep_freed_memory()
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
     try:
         command(args)
     except XaibatchError as error:

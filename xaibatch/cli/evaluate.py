@@ -53,7 +53,7 @@ def evaluate(
     output: Annotated[
         str | None, Option("--output", "-o", help="run folder, local or any URL; the same again resumes")
     ] = None,
-    config: Annotated[str | None, Option("--config", "-c", help="default, paper, or a YAML file")] = None,
+    config: Annotated[str | None, Option("--config", "-c", help="default, paper, embedded, or a YAML file")] = None,
     explainers: Annotated[str | None, Option(help="comma-separated labels (xaibatch list explainers)")] = None,
     metrics: Annotated[str | None, Option(help="comma-separated labels (xaibatch list metrics)")] = None,
     set_: Annotated[
@@ -98,12 +98,13 @@ def evaluate(
     settings |= {key: value for key, value in flags.items() if value is not None}
     if data is None and model is None and config is None and "data.path" not in settings:
         print(FIRST_RUN_NOTE)
-        run_config = load_config(config_path("embedded"), FIRST_RUN | settings)
+        path, settings = config_path("embedded"), FIRST_RUN | settings
     else:
-        run_config = load_config(config_path(config or "default"), settings)
+        path = config_path(config or "default")
+    run_config = load_config(path, settings)
     run_config.model.check_weights()
     chosen = {"explainers": _names("--explainers", explainers), "metrics": _names("--metrics", metrics)}
-    run_config = select(run_config, **chosen)
+    run_config = select(run_config, load_config(path), **chosen)
     if estimate_only:
         print("\n".join(estimate_lines(run_config)))
         return

@@ -11,6 +11,9 @@ from xaibatch.errors import ImageError, UsageError
 
 Option = typer.Option
 
+SHIPPED = "classifier of synthetic radiographs, not for clinical use"
+"""What overlays of the shipped model must say: it knows simulated lesions only."""
+
 
 def add_to(app: typer.Typer) -> None:
     app.command("explain")(explain)
@@ -45,6 +48,9 @@ def explain(
     from xaibatch.results.overlay import grey_image, write_overlay
 
     options = explainer_options(explainer, set_ or [])
+    note = "" if model else SHIPPED
+    if note:
+        typer.echo(f"no --model: {note}", err=True)
     methods = {name: resolve_explainer(name)(**keywords) for name, keywords in options.items()}
     if model is None:
         model, checkpoint = MODEL_NAME, checkpoint or str(model_path())
@@ -89,7 +95,7 @@ def explain(
                     image_HW=grey_image(image_CHW.numpy(), preprocessing.mean, preprocessing.std),
                     map_hw=map_hw,
                     title=f"{classifier.class_names[explained]} (p = {float(probability_K[explained]):.2f})",
-                    subtitle=method.title,
+                    subtitle=f"{method.title}\n{note}".strip(),
                     signed=method.signed,
                 )
             except OSError as error:

@@ -28,7 +28,7 @@ def simulate(
     address: Annotated[str | None, Option(help="Ray cluster to join")] = None,
     no_ray: Annotated[bool, Option("--no-ray", help="render in this process")] = False,
 ) -> None:
-    """Render radiographs with known truth; synthetic, not for clinical use. Needs: pip install "xaibatch[simulate]"."""
+    """Render radiographs with known truth; synthetic, not for clinical use. Needs the extra `simulate`."""
     from xaibatch.cli.output import local_folder
     from xaibatch.simulate import dataset
 

@@ -33,7 +33,8 @@ def label_indices(labels: Sequence[str | None], class_names: Sequence[str]) -> N
         raise DataError(
             f"the data set has labels that the model does not know: {_listed(foreign)}. "
             f"Labels of the data: {_listed(list(found))}; classes of the model: {_listed(list(class_names))}. "
-            "Rename the folders or labels, or name the model's classes in the order of its outputs"
+            "Rename the folders or labels, or name the model's classes in the order of its outputs: "
+            '--set "model.class_names=[...]"'
         )
     indices = [-1 if label is None else found[label] for label in labels]
     return np.asarray(indices, np.int64)

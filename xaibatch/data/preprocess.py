@@ -21,6 +21,9 @@ DEFAULT_CROP_FRACTION = 0.875
 """Side of the crop over the resized short side where a checkpoint's record says nothing (224 of 256), timm's default
 too."""
 
+FROM_TIMM = "timm configuration"
+"""`Preprocessing.source` where the checkpoint records none."""
+
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 
@@ -212,7 +215,7 @@ def from_timm(config: Mapping[str, Any], image_size: tuple[int, int], channels: 
             mean=_per_channel(config["mean"], channels),
             std=_per_channel(config["std"], channels),
             channels=channels,
-            source="timm configuration",
+            source=FROM_TIMM,
         )
     )
 

@@ -21,6 +21,9 @@ from xaibatch.options import validated
 HEADS = ("head", "head.fc", "fc", "classifier")
 """Where timm models keep their classification layer, for those whose configuration does not say."""
 
+FROM_DATA, FROM_INDICES = "the data", "their indices"
+"""`WeightSource.classes_from` where neither the caller nor the checkpoint names the classes."""
+
 NUM_NAMED = 4
 """Keys that a message names before it counts the rest."""
 
@@ -191,7 +194,7 @@ def _class_names(
     where = "the checkpoint"
     if checkpoint is not None and "json" in checkpoint.metadata:
         where = f"the checkpoint or {checkpoint.metadata['json']} beside it"
-    for names, origin in ((given, "the caller"), (recorded, where), (of_data, "the data")):
+    for names, origin in ((given, "the caller"), (recorded, where), (of_data, FROM_DATA)):
         if names is None:
             continue
         if len(names) != num_classes:
@@ -202,7 +205,7 @@ def _class_names(
         if len(set(names)) != len(names):
             raise ModelError(f"{origin} gives a class name twice: {', '.join(names)}")
         return tuple(names), origin
-    return tuple(map(str, range(num_classes))), "their indices"
+    return tuple(map(str, range(num_classes))), FROM_INDICES
 
 
 def _preprocessing(

@@ -1,7 +1,8 @@
 """What is settled about the model before a run starts: classes, preprocessing, checksum, speed and precisions."""
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,13 +12,18 @@ import torch
 from xaibatch.config import EMBEDDED, RunConfig, method_of
 from xaibatch.data.dataset import DataSet
 from xaibatch.data.labels import label_indices
+from xaibatch.data.preprocess import FROM_TIMM
 from xaibatch.embedded import model_path
+from xaibatch.errors import ModelError
+from xaibatch.explainers.base import EXPLAINERS
 from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.models.classifier import Classifier
-from xaibatch.models.load import load_model
+from xaibatch.models.load import FROM_DATA, FROM_INDICES, load_model
 from xaibatch.models.token_grid import token_grid_of
 from xaibatch.models.vit import plain_vit
 from xaibatch.perturb.segmentation import segment
+
+_LOG = logging.getLogger(__name__)
 
 _TRIAL_SIDE = 32
 """Side in pixels of the image that superpixels are tried on."""
@@ -31,6 +37,8 @@ def settle_model(config: RunConfig, dataset: DataSet) -> tuple[dict[str, Any], d
     Raises ModelError for a model or checkpoint that does not fit, DataError for labels that the model does not have.
     """
     model = configured_model(config, dataset.class_names)
+    for line in unrecorded(model):
+        _LOG.warning(line)
     _check_readable(config, model)
     label_indices([record.label for record in dataset.records], model.class_names)
     grid = token_grid_of(model, model.preprocessing.image_size)
@@ -47,6 +55,29 @@ def settle_model(config: RunConfig, dataset: DataSet) -> tuple[dict[str, Any], d
     return facts, settle_precisions(config)
 
 
+def unrecorded(model: Classifier) -> Iterator[str]:
+    """Sentences on what the checkpoint does not say about itself and was taken from elsewhere."""
+    if model.source.kind != "checkpoint":
+        return
+    if model.source.classes_from in (FROM_DATA, FROM_INDICES):
+        yield (
+            f"the checkpoint names no classes: its outputs are taken for {', '.join(model.class_names)}, in this order "
+            f"(from {model.source.classes_from}). If that is wrong, every label and prediction is: "
+            '--set "model.class_names=[...]"'
+        )
+    preprocessing = model.preprocessing
+    if preprocessing.source == FROM_TIMM:
+        yield (
+            f"the checkpoint records no preprocessing: timm's for {model.name} is used (shorter side to "
+            f"{preprocessing.resize_short}, mean {_numbers(preprocessing.mean)}, standard deviation "
+            f"{_numbers(preprocessing.std)}). If it was trained otherwise: --set model.preprocessing.KEY=VALUE"
+        )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
 def _check_readable(config: RunConfig, model: Classifier) -> None:
     """Refuse, before any work, a model that a configured explainer cannot read (ModelError lists what is supported),
     and superpixels that cannot be made of its images (ConfigError)."""
@@ -54,7 +85,14 @@ def _check_readable(config: RunConfig, model: Classifier) -> None:
         name, keywords = method_of(label, options)
         explainer = resolve_explainer(name)(**keywords)
         if explainer.needs == "vit":
-            plain_vit(model)
+            try:
+                plain_vit(model)
+            except ModelError as error:
+                others = ", ".join(sorted(name for name in EXPLAINERS if EXPLAINERS[name].needs != "vit"))
+                raise ModelError(
+                    f"explainer {label!r}: {error}. Explainers for every timm model: {others}, captum:<Class>, "
+                    "zennit:<composite> (--explainers)"
+                ) from None
         if explainer.segmentation is not None:
             shape_CHW = (model.preprocessing.channels, _TRIAL_SIDE, _TRIAL_SIDE)
             segment(np.random.default_rng(0).random(shape_CHW, np.float32), explainer.segmentation)

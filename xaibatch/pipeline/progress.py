@@ -67,11 +67,12 @@ class ProgressWatcher:
         self._cells = self._images = self._passes = self._image_failures = 0
         self._failed: list[FailedCell] = []
         self._seconds = dict.fromkeys(("model", *_CPU_STAGES), 0.0)
-        about = f", about {duration(expected.seconds)}" if expected.seconds else ""
+        about = f", about {duration(expected.seconds)}" if expected.seconds and not expected.uncounted else ""
         before = f" ({num_cells_done:,} cells are done already)" if num_cells_done else ""
+        uncounted = f"; not counted: {', '.join(expected.uncounted)}" if expected.uncounted else ""
         self._say(
             f"{job.run}: {expected.num_images:,} images, {expected.num_cells:,} cells, about "
-            f"{expected.num_forward_passes:,} forward passes{about}{before}"
+            f"{expected.num_forward_passes:,} forward passes{about}{before}{uncounted}"
         )
         if self._live:
             self._bar = Progress(
@@ -160,9 +161,9 @@ class ProgressWatcher:
 
     def _rates(self) -> dict[str, Any]:
         """Images and forward passes per second since the first replica was ready; seconds left by the larger of the two
-        shares that are known."""
+        shares that are known: cells always, forward passes where all of them were counted beforehand."""
         seconds = self._clock() - self._first_replica if self._first_replica is not None else 0.0
-        total = self._expected.num_forward_passes
+        total = 0 if self._expected.uncounted else self._expected.num_forward_passes
         share = max(self._cells / max(1, self._expected.num_cells), self._passes / total if total else 0.0)
         return {
             "images_per_second": self._images / seconds if seconds else 0.0,
