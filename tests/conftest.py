@@ -17,6 +17,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The engine's tests, which mostly wait, share one cluster: under xdist one worker runs them all, from the start."""
+    engine = [item for item in items if "cluster" in getattr(item, "fixturenames", ()) or "test_engine" in item.nodeid]
+    for item in engine:
+        item.add_marker(pytest.mark.xdist_group("engine"))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 def pytest_sessionfinish() -> None:
     gc.unfreeze()
 
