@@ -12,12 +12,14 @@ from xaibatch.config import EMBEDDED, RunConfig, method_of
 from xaibatch.data.dataset import DataSet
 from xaibatch.data.labels import label_indices
 from xaibatch.embedded import model_path
+from xaibatch.errors import ChangedWeightsError
 from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.models.classifier import Classifier
 from xaibatch.models.load import load_model
 from xaibatch.models.token_grid import token_grid_of
 from xaibatch.models.vit import plain_vit
 from xaibatch.perturb.segmentation import segment
+from xaibatch.pipeline.job import Job
 
 _TRIAL_SIDE = 32
 """Side in pixels of the image that superpixels are tried on."""
@@ -71,6 +73,16 @@ def configured_model(config: RunConfig, data_class_names: Sequence[str] = ()) ->
         preprocessing=config.model.preprocessing,
         model_options=config.model.options,
     )
+
+
+def model_of(job: Job) -> Classifier:
+    """The model of a run, wherever and whenever a process of it starts. Raises ChangedWeightsError where the checkpoint
+    is no longer the one that the run began with."""
+    model = configured_model(job.config, job.class_names)
+    found = model.source.sha256 or ""
+    if job.weights_sha256 and found != job.weights_sha256:
+        raise ChangedWeightsError(str(job.config.model.checkpoint), job.weights_sha256, found)
+    return model
 
 
 @torch.inference_mode()
