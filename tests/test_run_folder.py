@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,31 @@ def test_an_object_store_is_looked_through_too(data: Path, weights: Path, finish
     assert_same_rows(folder, str(finished))
 
 
+def test_a_finished_run_is_looked_through_once(
+    data: Path, weights: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One look into each part, and a second one into those that the failures are counted in."""
+    seen: Counter[str] = Counter()
+    tail = RunFolder._tail
+
+    def counted(folder: RunFolder, path: str, num_bytes: int) -> bytes:
+        seen[path] += 1
+        return tail(folder, path, num_bytes)
+
+    monkeypatch.setattr(RunFolder, "_tail", counted)
+    monkeypatch.setattr("xaibatch.results.parts._whole", lambda path: pytest.fail(f"a look too many at {path}"))
+    assert run(config(data, weights, copy)).num_cells_run == 0
+    assert seen == {str(path): 1 + (path.parent.name == "failures") for path in copy.rglob("*.parquet")}
+
+
+def test_a_large_part_that_begins_otherwise_is_no_part(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger than what is read of it: its beginning is looked at all the same."""
+    broken = part(copy, "scores", 1)
+    broken.write_bytes(b"none" + broken.read_bytes()[4:])
+    monkeypatch.setattr("xaibatch.results.parts._TAIL_BYTES", broken.stat().st_size - 80)
+    assert open_run(str(copy)).scores.problems == {str(broken): "truncated or not Parquet"}
+
+
 def test_the_seal_is_in_the_footer(finished: Path) -> None:
     metadata = pq.read_metadata(part(finished, "maps", 1)).metadata
     seal = json.loads(metadata[SEAL])
@@ -245,6 +271,20 @@ def test_a_preview_counts_what_is_missing(data: Path, weights: Path, copy: Path)
     before = sorted(copy.rglob("*"))
     assert preview(config(data, weights, copy)).num_cells == 0
     assert sorted(copy.rglob("*")) == before
+
+
+def test_a_preview_refuses_what_the_run_would_refuse(data: Path, weights: Path, copy: Path) -> None:
+    """Another configuration at once; another checkpoint where work is left."""
+    with pytest.raises(RunFolderError, match=r"belongs to another configuration \(seed: 0 there, 3 now\)"):
+        preview(config(data, weights, copy, seed=3))
+    part(copy, "maps", 1).unlink()
+    kept = weights.read_bytes()
+    try:
+        save_weights(weights, seed=1)
+        with pytest.raises(UsageError, match="has changed since the run began"):
+            preview(config(data, weights, copy))
+    finally:
+        weights.write_bytes(kept)
 
 
 # -- the model and the data
