@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
-import torch
 from ray.cluster_utils import Cluster
-from safetensors.torch import save_file
 
 from tests.engine_cluster import assert_same_rows
-from tests.toy import CLASSES, MODEL, Watch, toy_config
+from tests.run_folders import save_weights
+from tests.toy import Watch, toy_config
 from xaibatch.cluster.driver import run_on_ray
 from xaibatch.config import RunConfig
 from xaibatch.errors import ChangedWeightsError
@@ -25,13 +23,6 @@ from xaibatch.pipeline.run import evaluate
 from xaibatch.pipeline.work import FailedCell, Progress, ShardWork
 
 CHANGED = r"checkpoint .*model\.safetensors' has changed since the run began \(SHA-256 .* now\): put the first one back"
-
-
-def save_weights(path: Path, seed: int) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = timm.create_model(str(MODEL["model.name"]), num_classes=len(CLASSES), **MODEL["model.options"])
-    save_file(model.state_dict(), path, metadata={"classes": ",".join(CLASSES)})
 
 
 @pytest.fixture
