@@ -13,6 +13,7 @@ import pytest
 
 from tests.engine_cluster import assert_same_rows
 from tests.run_folders import GROUP, SHARDS, config, part, run, save_weights
+from xaibatch.cli.evaluate import finish
 from xaibatch.errors import RunFolderError, UsageError
 from xaibatch.pipeline.run import preview
 from xaibatch.results.compact import compact
@@ -164,7 +165,7 @@ def test_an_object_store_is_looked_through_too(data: Path, weights: Path, finish
 def test_a_finished_run_is_looked_through_once(
     data: Path, weights: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One look into each part, and a second one into those that the failures are counted in."""
+    """One look into each part by the whole command, whose last lines read the tables."""
     seen: Counter[str] = Counter()
     tail = RunFolder._tail
 
@@ -174,8 +175,9 @@ def test_a_finished_run_is_looked_through_once(
 
     monkeypatch.setattr(RunFolder, "_tail", counted)
     monkeypatch.setattr("xaibatch.results.parts._whole", lambda path: pytest.fail(f"a look too many at {path}"))
-    assert run(config(data, weights, copy)).num_cells_run == 0
-    assert seen == {str(path): 1 + (path.parent.name == "failures") for path in copy.rglob("*.parquet")}
+    outcome = run(config(data, weights, copy))
+    assert outcome.num_cells_run == 0 and finish(outcome, write_report=False) == 0
+    assert seen == {str(path): 1 for path in copy.rglob("*.parquet")}
 
 
 def test_a_large_part_that_begins_otherwise_is_no_part(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,14 +131,13 @@ def finish(outcome: Any, *, write_report: bool) -> int:
     """What a person sees at the end: what was done, the table, what failed, where everything is."""
     from rich.console import Console
 
-    from xaibatch.results.frames import open_run
     from xaibatch.results.summary import print_summary
 
     console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
     url = outcome.folder.url
     if outcome.num_cells_run == 0 and not outcome.failed:
         console.print(f"everything is done: nothing to run in {url}", highlight=False)
-    finished = open_run(url)
+    finished = outcome.results
     print_summary(finished, console)
     if outcome.num_image_failures:
         console.print(

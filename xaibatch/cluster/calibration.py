@@ -59,7 +59,8 @@ def _calibrated(pool: ReplicaPool, shard: Shard, stop: StopFlag) -> dict[str, An
         except Exception as error:
             end_run_for(error)
             if not is_loss(error):
-                raise root(error) from None
+                cause = root(error)  # of Ray's own kind where the error could not be pickled
+                raise RuntimeError(describe(error)) if isinstance(cause, RayError) else cause from None
             lost = describe(error)
             pool.drop(slot)
     raise RuntimeError(f"{ATTEMPTS} replicas were lost over the sample: {lost}")

@@ -17,9 +17,9 @@ from xaibatch.pipeline.estimate import Estimate, estimate
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.record import check_weights, job_of, new_record, now, take_up
 from xaibatch.pipeline.session_record import SessionRecord
-from xaibatch.pipeline.work import FailedCell, Progress, ShardWork, pending
+from xaibatch.pipeline.work import FailedCell, Progress, ShardWork, listings, pending
 from xaibatch.results.compact import is_compact
-from xaibatch.results.frames import open_run
+from xaibatch.results.frames import Run, open_run
 from xaibatch.results.lock import RunLock
 from xaibatch.results.parts import DAMAGED, RECORD, RunFolder
 from xaibatch.types import Shard
@@ -46,9 +46,11 @@ class Watcher(Progress, Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """folder, record: where and what; num_cells_run: 0 if everything was there already; failed: cells given up."""
+    """folder, results, record: where and what; num_cells_run: 0 if everything was there already; failed: cells that
+    were given up."""
 
     folder: RunFolder
+    results: Run
     record: dict[str, Any]
     num_cells_run: int
     failed: tuple[FailedCell, ...]
@@ -72,7 +74,8 @@ def evaluate(config: RunConfig, engine: Engine, watcher: Watcher, calibrate: Cal
         folder.sweep()
         record, job = _open_record(config, folder, dataset, fresh, calibrate)
         cut = shards(dataset.records, config.engine.images_per_shard(len(dataset)))
-        work = pending(job, cut, lambda path, problem: _left_out(folder, path, problem), depth="contents")
+        listed = listings(job, "contents")
+        work = pending(job, cut, lambda path, problem: _left_out(folder, path, problem), listed=listed)
         failed: list[FailedCell] = []
         if work:
             if record is not fresh:
@@ -85,9 +88,11 @@ def evaluate(config: RunConfig, engine: Engine, watcher: Watcher, calibrate: Cal
         if not failed and record.get("status") != "finished" and not (work and pending(job, cut)):
             record["status"], record["finished"] = "finished", now()
             folder.write_json(record, RECORD)
-        num_image_failures = open_run(folder.url).failures.arrow().num_rows
+        results = open_run(folder.url, None if work else listed)
+        num_image_failures = results.failures.arrow().num_rows
     return Outcome(
         folder=folder,
+        results=results,
         record=record,
         num_cells_run=sum(shard_work.num_cells for shard_work in work) - len(failed),
         failed=tuple(failed),
