@@ -27,7 +27,7 @@ from xaibatch.cluster.replica import Replica, Segments, Spent
 from xaibatch.config import RunConfig, load_config
 from xaibatch.data.preprocess import Preprocessing
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, ShardExplanations
-from xaibatch.pipeline.work import CellReport, FailedCell, pending
+from xaibatch.pipeline.work import CellReport, FailedCell, listings, pending
 from xaibatch.results.parts import RunFolder, part_bytes
 from xaibatch.results.schema import TABLES
 from xaibatch.types import Failure, ImageBatch, ImageRecord, Shard
@@ -164,7 +164,7 @@ def list_parts(num_shards: int) -> dict[str, Any]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(part_bytes(table, part, TABLES[table].empty_table(), run_id=job.run_id))
         cpu, wall = time.process_time(), time.perf_counter()
-        assert pending(job, shards, depth="contents") == []
+        assert pending(job, shards, listed=listings(job, "contents")) == []
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         num_parts = num_shards * (3 + len(job.groups))
         return {"num_parts": num_parts, "cpu_us_per_part": 1e6 * cpu / num_parts, "wall_s": wall}

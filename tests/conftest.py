@@ -8,7 +8,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["tests.engine_cluster"]
+pytest_plugins = ["tests.engine_cluster", "tests.run_folders"]
 
 
 def pytest_collection_finish() -> None:

@@ -14,7 +14,8 @@ from tests.engine_cluster import assert_same_rows, tables
 from tests.toy import Watch, toy_config
 from xaibatch.cluster.driver import run_on_ray
 from xaibatch.data.sampling import shards
-from xaibatch.errors import EngineError
+from xaibatch.errors import EngineError, RunFolderError
+from xaibatch.pipeline import local
 from xaibatch.pipeline.local import run_local
 from xaibatch.pipeline.record import job_of
 from xaibatch.pipeline.run import Outcome, choose_images, evaluate
@@ -120,6 +121,48 @@ def test_a_disk_that_stays_full_ends_the_run(
     (faults / "disk_full").unlink()
     assert run(images, tmp_path / "run").ok
     assert_same_rows(folder, plain)
+
+
+def test_without_ray_a_disk_that_stays_full_ends_the_run(
+    images: Path, tmp_path: Path, plain: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `max_attempts` attempts at the first part that cannot be written, not at every one."""
+    tried: list[str] = []
+
+    def full(folder: RunFolder, table: str, part: str, rows: Any, **_: Any) -> None:
+        tried.append(f"{table}/{part}")
+        raise RunFolderError("cannot write: No space left on device. Run the same command again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_part", full)
+        with pytest.raises(EngineError, match=r"cannot be kept.*No space left"):
+            run(images, tmp_path / "run", engine=run_local, engine__max_attempts=2)
+    assert tried == ["failures/shard-00000"] * 2
+    outcome = run(images, tmp_path / "run", engine=run_local)
+    assert outcome.ok
+    assert_same_rows(outcome.folder, plain)
+
+
+def test_without_ray_too_a_cell_has_its_attempts(
+    faults: Path, images: Path, tmp_path: Path, plain: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A metric that makes plans again at the second attempt loses nothing; one that does not is given up alone."""
+    (faults / "no_plan").touch()
+    outcome = run(images, tmp_path / "given up", engine=run_local)
+    assert {cell.error for cell in outcome.failed} == {"ArithmeticError: no plan today"} and len(outcome.failed) == 3
+    group = local.run_group
+
+    def mended(*arguments: Any) -> None:
+        try:
+            group(*arguments)
+        except ArithmeticError:
+            (faults / "no_plan").unlink()
+            raise
+
+    monkeypatch.setattr(local, "run_group", mended)
+    outcome = run(images, tmp_path / "run", engine=run_local, engine__max_attempts=2)
+    assert outcome.ok and not (faults / "no_plan").exists()
+    assert_same_rows(outcome.folder, plain)
 
 
 @pytest.mark.parametrize("engine", [run_local, run_on_ray])

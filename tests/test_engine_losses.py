@@ -18,6 +18,7 @@ from xaibatch.cluster import driver as driving
 from xaibatch.cluster.driver import NODE_LOSSES, run_on_ray
 from xaibatch.cluster.pool import Place, ReplicaPool, Slot
 from xaibatch.cluster.replica import Replica, ReplicaFacts
+from xaibatch.errors import EngineError
 from xaibatch.pipeline.device import is_device_lost
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.local import run_local
@@ -59,13 +60,36 @@ def test_device_errors(error: Exception, lost: bool) -> None:
 
 
 def test_a_device_error_in_an_explainer_is_no_row(faults: Path, images: Path, tmp_path: Path, plain: RunFolder) -> None:
-    """Without Ray there is no other process to go on in: the cells are given up, and done by the next call."""
-    (faults / "sick").write_text("here")
-    outcome = evaluate(toy_config(images, tmp_path / "run", **SETTINGS), run_local, Watch())
-    assert len(outcome.failed) == 12 * 2 and outcome.num_image_failures == 0
+    """Without Ray there is no other process to go on in: the run ends at once, and the next call does the rest."""
+
+    class Sick(Watch):
+        def done(self, report: Any) -> None:
+            super().done(report)
+            if len(self.reports) == 5:
+                (faults / "sick").write_text("here")
+
+    config, watch = toy_config(images, tmp_path / "run", **SETTINGS), Sick()
+    with pytest.raises(EngineError, match=r"until this process ends \(CUDA error.*\): the same command goes on"):
+        evaluate(config, run_local, watch)
+    assert len(watch.reports) == 3 * 2 and not watch.failures
     (faults / "sick").unlink()
-    assert evaluate(toy_config(images, tmp_path / "run", **SETTINGS), run_local, Watch()).ok
-    assert_same_rows(outcome.folder, plain)
+    again = evaluate(config, run_local, Watch())
+    assert again.ok and again.num_cells_run == 9 * 2
+    assert_same_rows(again.folder, plain)
+
+
+def test_a_device_error_in_a_metric_of_another_package_is_no_row(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantus makes a row of any error that the model raises."""
+    settings = {"explainers": {"random": {}}, "metrics": {"quantus:FaithfulnessCorrelation": {"nr_runs": 2}}}
+
+    def lost(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more lines")
+
+    monkeypatch.setattr("xaibatch.pipeline.local.Session.forward", lost)
+    with pytest.raises(EngineError, match=r"\(CUDA error: an illegal memory access was encountered\)"):
+        evaluate(toy_config(images, tmp_path / "run", **settings), run_local, Watch())
 
 
 def test_a_sick_device_is_left(

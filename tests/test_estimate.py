@@ -70,6 +70,22 @@ def test_a_gpu_of_the_cluster_is_not_measured_here(images: Path, tmp_path: Path)
     assert "on this machine's CPU" in text and "the cluster's devices may be faster or slower" in text
 
 
+def test_a_finished_run_costs_nothing_more(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without loading the model; what is left of an unfinished run is reckoned at this machine's rate, not at that of
+    the one that began it."""
+    config = toy_config(images, tmp_path / "run", **SETTINGS)
+    outcome = evaluate(config, run_local, Watch())
+    with monkeypatch.context() as patch:
+        patch.setattr("xaibatch.pipeline.facts.load_model", lambda *_, **__: pytest.fail("loaded"))
+        assert estimate_lines(config) == ["everything is done: nothing to run"]
+    next((tmp_path / "run" / "scores").rglob("*.parquet")).unlink()
+    outcome.folder.write_json(
+        outcome.record | {"model": outcome.record["model"] | {"forward_passes_per_second": 1e-6}}, "run.json"
+    )
+    (text,) = [line for line in estimate_lines(config) if "just measured on this machine" in line]
+    assert " 0 forward passes a second" not in text
+
+
 def test_hours_are_hours() -> None:
     expected = Estimate(
         num_images=144, num_cells=72, num_forward_passes=400_000, worth=420_000, seconds=17_533.29, by_label={"a": 1}

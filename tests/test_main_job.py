@@ -184,6 +184,32 @@ def test_usage_errors(
     assert not list(tmp_path.glob("run/scores"))
 
 
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (["--replicas", "2"], "--replicas"),
+        (["--gpus-per-replica", "0.5", "--address", "auto"], "--address, --gpus-per-replica"),
+        (["--set", "engine.shards_in_flight=3", "--estimate"], "--set engine.shards_in_flight"),
+    ],
+)
+def test_without_ray_nothing_is_asked_of_a_cluster(
+    asked: list[str],
+    named: str,
+    data: Path,
+    checkpoint: Path,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On the command line; a configuration file may serve both kinds of run."""
+    assert run(*arguments(data, checkpoint, config, tmp_path / "run"), *asked) == 2
+    message = capsys.readouterr().err
+    assert f"no use for {named}: leave out" in message and message.count("\n") == 1
+    config.write_text(config.read_text().replace("engine:", "engine:\n  replicas: 2", 1))
+    if "--replicas" in asked:
+        assert run(*arguments(data, checkpoint, config, tmp_path / "run")) == 0
+
+
 def test_without_weights_nothing_is_explained(
     data: Path, checkpoint: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,20 @@ class RunFolderError(UsageError):
     """A run folder that belongs to another configuration, is held by another run or cannot be written."""
 
 
+class ChangedWeightsError(RunFolderError):
+    """A checkpoint whose bytes are not those that the run began with: ends the run, whose rows must be of one model."""
+
+    def __init__(self, path: str, expected: str, found: str) -> None:
+        self.args = (path, expected, found)
+        self._text = (
+            f"the checkpoint {path!r} has changed since the run began (SHA-256 {expected[:12]} there, {found[:12]} "
+            "now): put the first one back to finish the run, or choose another --output for the new one"
+        )
+
+    def __str__(self) -> str:
+        return self._text
+
+
 class NotScoredError(XaibatchError):
     """A score that is undefined for this input: becomes a null score with this status and reason."""
 

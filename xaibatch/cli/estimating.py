@@ -8,13 +8,16 @@ from xaibatch.pipeline.estimate import Estimate
 
 
 def estimate_lines(config: RunConfig) -> list[str]:
-    """Count the run's forward passes, measure this machine's rate on the device a run here would use, and say both."""
+    """Count the forward passes of what is left of the run, measure this machine's rate on the device a run here would
+    use, and say both."""
     from xaibatch.errors import EngineError
     from xaibatch.pipeline.device import device_here
     from xaibatch.pipeline.facts import configured_model, forward_rate
     from xaibatch.pipeline.run import preview
 
     expected = preview(config)
+    if not expected.num_cells:
+        return ["everything is done: nothing to run"]
     try:
         device = device_here(config.engine)
     except EngineError:  # a GPU of the cluster is meant

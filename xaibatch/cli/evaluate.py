@@ -1,10 +1,10 @@
 """`xaibatch evaluate`: flags in, a run in the folder, the study's table on the screen; exit code 1 for failures."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -35,6 +35,9 @@ FIRST_RUN_NOTE = (
     "no --data: a short look at 12 of the 48 shipped radiographs (synthetic, not for clinical use) with a small LIME; "
     "all of it: --config embedded"
 )
+
+ONLY_RAY: Final = ("engine.address", "engine.replicas", "engine.gpus_per_replica", "engine.shards_in_flight")
+"""What a run without Ray has no use for."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -95,6 +98,8 @@ def evaluate(
         "engine.shard_size": shard_size,
     }
     settings = dict(parse_setting(text) for text in set_ or [])
+    if no_ray:
+        _check_in_use(flags, settings)
     settings |= {key: value for key, value in flags.items() if value is not None}
     if data is None and model is None and config is None and "data.path" not in settings:
         print(FIRST_RUN_NOTE)
@@ -127,14 +132,13 @@ def finish(outcome: Any, *, write_report: bool) -> int:
     """What a person sees at the end: what was done, the table, what failed, where everything is."""
     from rich.console import Console
 
-    from xaibatch.results.frames import open_run
     from xaibatch.results.summary import print_summary
 
     console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
     url = outcome.folder.url
     if outcome.num_cells_run == 0 and not outcome.failed:
         console.print(f"everything is done: nothing to run in {url}", highlight=False)
-    finished = open_run(url)
+    finished = outcome.results
     print_summary(finished, console)
     if outcome.num_image_failures:
         console.print(
@@ -178,6 +182,16 @@ def _names(flag: str, text: str | None) -> list[str]:
     if text is not None and not names:
         raise ConfigError(f"{flag} names none (received {text!r}): leave it out, or see xaibatch list {flag[2:]}")
     return names
+
+
+def _check_in_use(flags: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise UsageError for what was asked of a cluster though there is to be none. Keys of a YAML file may stay."""
+    names = [f"--{key.rpartition('.')[2].replace('_', '-')}" for key in ONLY_RAY if flags.get(key) is not None]
+    names += [f"--set {key}" for key in ONLY_RAY if key in settings]
+    if names:
+        raise UsageError(
+            f"--no-ray runs in this process alone and has no use for {', '.join(names)}: leave out the one or the other"
+        )
 
 
 def _engine(no_ray: bool) -> "tuple[Engine, Calibrate]":

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 
 from xaibatch.cluster import cells
 from xaibatch.cluster.connect import connected
-from xaibatch.cluster.losses import describe, is_loss, is_node_loss, is_replica_loss, root
+from xaibatch.cluster.losses import describe, end_run_for, is_loss, is_node_loss, is_replica_loss, root
 from xaibatch.cluster.pool import Place, ReplicaPool, Slot
 from xaibatch.cluster.replica import Replica
 from xaibatch.cluster.telemetry import DriverMeter
@@ -60,8 +60,8 @@ def run_on_ray(
     answers for the model.
 
     Raises EngineError if the cluster cannot be joined, no replica starts, a node does not see the run's files or parts
-    cannot be written; StoppedError after SIGINT or SIGTERM. What
-    is finished stays; the same call on what is still pending goes on.
+    cannot be written; ChangedWeightsError if a replica or task that starts finds another checkpoint than the run began
+    with; StoppedError after SIGINT or SIGTERM. What is finished stays; the same call on what is still pending goes on.
     """
     with connected(job.config.engine), StopFlag() as stop:
         job = placed(job)
@@ -268,6 +268,7 @@ class _Driver:
                 self._progress.done(ray.get(ref))
                 shard.left.discard(stage)
             except Exception as error:
+                end_run_for(error)
                 shard.errors[stage] = error
             if not shard.running:
                 self._close(shard)

@@ -2,6 +2,8 @@
 
 from ray.exceptions import NodeDiedError, RayActorError, RayError, RayTaskError
 
+from xaibatch.errors import ChangedWeightsError
+
 
 def root(error: BaseException) -> BaseException:
     """The error that a chain of Ray's wrappers is about: what the failing step raised, or how it was lost."""
@@ -23,6 +25,13 @@ def is_replica_loss(error: BaseException) -> bool:
 def is_node_loss(error: BaseException) -> bool:
     """Whether Ray says that a CPU task was lost because its node died."""
     return isinstance(root(error), NodeDiedError)
+
+
+def end_run_for(error: BaseException) -> None:
+    """Raise what an error is about if it ends the run, whoever tries how often: weights that have changed."""
+    cause = root(error)
+    if isinstance(cause, ChangedWeightsError):
+        raise cause from None
 
 
 def describe(error: BaseException) -> str:

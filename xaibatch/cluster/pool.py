@@ -17,7 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from xaibatch.cluster.connect import ONE_THREAD
-from xaibatch.cluster.losses import describe
+from xaibatch.cluster.losses import describe, end_run_for
 from xaibatch.cluster.nodes import NodeCheck, selector
 from xaibatch.cluster.replica import Replica, ReplicaFacts
 from xaibatch.config import EngineConfig
@@ -119,7 +119,8 @@ class ReplicaPool:
     def refresh(self) -> list[Slot]:
         """Start, drop and retire replicas; returns the slots that are gone (their calls fail by themselves).
 
-        Raises EngineError when no replica is ready and none can be started any more.
+        Raises EngineError when no replica is ready and none can be started any more, ChangedWeightsError when one finds
+        another checkpoint than the run began with.
         """
         gone = self._settle_starting()
         if time.monotonic() - self._looked < LOOK_S:
@@ -222,6 +223,7 @@ class ReplicaPool:
                     slot.facts = ray.get(ref)
                     self._failures.pop(slot.place, None)
                 except Exception as raised:
+                    end_run_for(raised)
                     error = describe(raised)
             elif slot.process in done:
                 slot.begun = min(slot.begun, time.monotonic())

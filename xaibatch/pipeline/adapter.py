@@ -36,7 +36,8 @@ def score_adapter(
 ) -> tuple[Score, ...]:
     """Score one explainer's maps of a shard with one adapter metric.
 
-    Metrics that need weights or hidden layers load the model in this process, on the CPU, and explain it here too.
+    Metrics that need weights or hidden layers load the model in this process, on the CPU, and explain it here too;
+    ChangedWeightsError where its checkpoint is no longer the one that the run began with.
     """
     (label,), explainer = group.metrics, group.explainer
     metric = job.metrics[label]
@@ -96,9 +97,9 @@ class _ChangedModels:
 
     def original(self) -> Any:
         """The configured model, loaded in this process."""
-        from xaibatch.pipeline.facts import configured_model
+        from xaibatch.pipeline.facts import model_of
 
-        return configured_model(self._job.config, self._job.class_names)
+        return model_of(self._job)
 
     def session(self, model: Any) -> Answering:
         """What explains this model. Quantus changes one object's weights again and again: its session is kept."""

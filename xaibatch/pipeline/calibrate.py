@@ -6,7 +6,7 @@ passes on perturbed copies change precision; traces and relevance passes, maps a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,20 +18,28 @@ from xaibatch.pipeline.session import Session
 from xaibatch.pipeline.work import pixels_for
 from xaibatch.types import Score, Shard
 
+MIN_IMAGES: Final = 2
+"""Images that must be scored in both precisions before bfloat16 is chosen: the smallest sample that is allowed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """One label's precision and why; metrics that share a plan share its precision, and so the choice.
 
     worst_error: largest |mean score in bfloat16 - mean score in float32| over what the label touches, in the score's
-    unit; worst_pair: the (explainer, metric) of it; num_flips: maps of the sample whose set of non-zero pixels changed,
-    of num_maps (only for explainers: a top-k mask that flips is counted, not averaged away).
+    unit; worst_pair: the (explainer, metric) of it.
+    num_pairs: scores that have a value in both precisions; num_images: images of the sample that these are of, fewer
+    than MIN_IMAGES of which decide for float32.
+    num_flips: maps of the sample whose set of non-zero pixels changed, of num_maps (only for explainers: a top-k mask
+    that flips is counted, not averaged away).
     """
 
     label: str
     precision: str
     worst_error: float
     worst_pair: tuple[str, str]
+    num_pairs: int
+    num_images: int
     num_flips: int = 0
     num_maps: int = 0
 
@@ -125,7 +133,8 @@ def _scored(
 
 
 def _choose(label: str, before: Sequence[Score], after: Sequence[Score], tolerance: float) -> Choice:
-    """bfloat16 if no (explainer, metric) mean moves by more than the tolerance and nothing becomes undefined."""
+    """bfloat16 if enough was compared, no (explainer, metric) mean moves by more than the tolerance and none becomes
+    undefined."""
     worst, pair = 0.0, ("", "")
     for explainer, metric in sorted({(score.explainer, score.metric) for score in before}):
         a, b = (_mean(scores, explainer, metric) for scores in (before, after))
@@ -134,8 +143,21 @@ def _choose(label: str, before: Sequence[Score], after: Sequence[Score], toleran
         error = abs(a - b) if a is not None and b is not None else float("inf")
         if error > worst:
             worst, pair = error, (explainer, metric)
-    precision = "bfloat16" if worst <= tolerance else "float32"
-    return Choice(label=label, precision=precision, worst_error=worst, worst_pair=pair)
+    compared = _scored_in(before) & _scored_in(after)
+    num_images = len({image_id for image_id, *_ in compared})
+    return Choice(
+        label=label,
+        precision="bfloat16" if worst <= tolerance and num_images >= MIN_IMAGES else "float32",
+        worst_error=worst,
+        worst_pair=pair,
+        num_pairs=len(compared),
+        num_images=num_images,
+    )
+
+
+def _scored_in(scores: Sequence[Score]) -> set[tuple[str, str, str, int]]:
+    """What has a value."""
+    return {(s.image_id, s.explainer, s.metric, s.repeat) for s in scores if s.value is not None}
 
 
 def _of(scores: Sequence[Score], explainer: str) -> list[Score]:

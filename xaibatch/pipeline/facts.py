@@ -14,7 +14,7 @@ from xaibatch.data.dataset import DataSet
 from xaibatch.data.labels import label_indices
 from xaibatch.data.preprocess import FROM_TIMM
 from xaibatch.embedded import model_path
-from xaibatch.errors import ModelError
+from xaibatch.errors import ChangedWeightsError, ModelError
 from xaibatch.explainers.base import EXPLAINERS
 from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.models.classifier import Classifier
@@ -22,6 +22,7 @@ from xaibatch.models.load import FROM_DATA, FROM_INDICES, load_model
 from xaibatch.models.token_grid import token_grid_of
 from xaibatch.models.vit import plain_vit
 from xaibatch.perturb.segmentation import segment
+from xaibatch.pipeline.job import Job
 
 _LOG = logging.getLogger(__name__)
 
@@ -109,6 +110,16 @@ def configured_model(config: RunConfig, data_class_names: Sequence[str] = ()) ->
         preprocessing=config.model.preprocessing,
         model_options=config.model.options,
     )
+
+
+def model_of(job: Job) -> Classifier:
+    """The model of a run, wherever and whenever a process of it starts. Raises ChangedWeightsError where the checkpoint
+    is no longer the one that the run began with."""
+    model = configured_model(job.config, job.class_names)
+    found = model.source.sha256 or ""
+    if job.weights_sha256 and found != job.weights_sha256:
+        raise ChangedWeightsError(str(job.config.model.checkpoint), job.weights_sha256, found)
+    return model
 
 
 @torch.inference_mode()

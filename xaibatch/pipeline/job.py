@@ -46,6 +46,8 @@ class Job:
     """What the parts of this run are sealed with."""
     data_root: str = ""
     """Folder or URL that the image paths in `predictions` start at; empty: they stay as they are."""
+    weights_sha256: str = ""
+    """Of the checkpoint's bytes (hex) when the run began; empty for a model without a checkpoint."""
     paths: tuple[str, ...] = ()
     """Absolute local paths of data, checkpoint and run that must be there wherever the run works (see `placed`)."""
 

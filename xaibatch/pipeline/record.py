@@ -19,7 +19,7 @@ from xaibatch.data.index import image_root
 from xaibatch.data.preprocess import Preprocessing
 from xaibatch.data.storage import ReadOptions, absolute, one_line, read_bytes
 from xaibatch.embedded import model_path
-from xaibatch.errors import ConfigError, ModelError, RunFolderError
+from xaibatch.errors import ChangedWeightsError, ConfigError, ModelError, RunFolderError
 from xaibatch.maps import TokenGrid
 from xaibatch.options import validated
 from xaibatch.pipeline.cells import build_metrics
@@ -82,6 +82,7 @@ def job_of(record: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> J
         granularities={label: facts["granularity"] for label, facts in record["explainers"].items()},
         run_id=record.get("id", ""),
         data_root=image_root(record["data"]["root"]),
+        weights_sha256=_weights_sha256(record),
     )
 
 
@@ -107,9 +108,9 @@ def take_up(config: RunConfig, folder: RunFolder, dataset: DataSet) -> tuple[dic
 
 
 def check_weights(record: Mapping[str, Any], config: RunConfig) -> None:
-    """Refuse to go on with a checkpoint whose bytes are not those that the run began with. Raises RunFolderError;
+    """Refuse to go on with a checkpoint whose bytes are not those that the run began with. Raises ChangedWeightsError;
     ModelError where it cannot be read."""
-    expected, path = record["model"].get("source", {}).get("sha256"), config.model.checkpoint
+    expected, path = _weights_sha256(record), config.model.checkpoint
     if not expected or not path:
         return
     full = str(model_path()) if path == EMBEDDED else absolute(path)
@@ -118,10 +119,11 @@ def check_weights(record: Mapping[str, Any], config: RunConfig) -> None:
     except OSError as error:
         raise ModelError(f"checkpoint {path!r} cannot be read: {one_line(error)}") from None
     if found != expected:
-        raise RunFolderError(
-            f"the checkpoint {path!r} has changed since the run began (SHA-256 {expected[:12]} there, {found[:12]} "
-            "now): put the first one back to finish the run, or choose another --output for the new one"
-        )
+        raise ChangedWeightsError(path, expected, found)
+
+
+def _weights_sha256(record: Mapping[str, Any]) -> str:
+    return record["model"].get("source", {}).get("sha256") or ""
 
 
 RUNNING, ENDED, STOPPED, KILLED = "running", "ended", "stopped", "killed"

@@ -9,16 +9,17 @@ from typing import Any, Protocol
 from xaibatch.config import EMBEDDED, RunConfig
 from xaibatch.data.dataset import DataSet, open_dataset
 from xaibatch.data.sampling import sample, shards
+from xaibatch.data.storage import one_line
 from xaibatch.embedded import manifest_path
-from xaibatch.errors import ConfigError, DataError, RunFolderError
+from xaibatch.errors import ConfigError, DataError, EngineError, RunFolderError, StoppedError, UsageError
 from xaibatch.pipeline.cells import build_metrics
 from xaibatch.pipeline.estimate import Estimate, estimate
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.record import check_weights, job_of, new_record, now, take_up
 from xaibatch.pipeline.session_record import SessionRecord
-from xaibatch.pipeline.work import FailedCell, Progress, ShardWork, pending
+from xaibatch.pipeline.work import FailedCell, Progress, ShardWork, listings, pending
 from xaibatch.results.compact import is_compact
-from xaibatch.results.frames import open_run
+from xaibatch.results.frames import Run, open_run
 from xaibatch.results.lock import RunLock
 from xaibatch.results.parts import DAMAGED, RECORD, RunFolder
 from xaibatch.types import Shard
@@ -45,9 +46,11 @@ class Watcher(Progress, Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """folder, record: where and what; num_cells_run: 0 if everything was there already; failed: cells given up."""
+    """folder, results, record: where and what; num_cells_run: 0 if everything was there already; failed: cells that
+    were given up."""
 
     folder: RunFolder
+    results: Run
     record: dict[str, Any]
     num_cells_run: int
     failed: tuple[FailedCell, ...]
@@ -71,7 +74,8 @@ def evaluate(config: RunConfig, engine: Engine, watcher: Watcher, calibrate: Cal
         folder.sweep()
         record, job = _open_record(config, folder, dataset, fresh, calibrate)
         cut = shards(dataset.records, config.engine.images_per_shard(len(dataset)))
-        work = pending(job, cut, lambda path, problem: _left_out(folder, path, problem), depth="contents")
+        listed = listings(job, "contents")
+        work = pending(job, cut, lambda path, problem: _left_out(folder, path, problem), listed=listed)
         failed: list[FailedCell] = []
         if work:
             if record is not fresh:
@@ -81,12 +85,14 @@ def evaluate(config: RunConfig, engine: Engine, watcher: Watcher, calibrate: Cal
             with SessionRecord(record, folder, lock, watcher) as session:
                 watcher.start(job, expected, num_cells - expected.num_cells)
                 failed = engine(job, session.guarded(work), session)
-        if not failed and not pending(job, cut) and record.get("status") != "finished":
+        if not failed and record.get("status") != "finished" and not (work and pending(job, cut)):
             record["status"], record["finished"] = "finished", now()
             folder.write_json(record, RECORD)
-        num_image_failures = open_run(folder.url).failures.arrow().num_rows
+        results = open_run(folder.url, None if work else listed)
+        num_image_failures = results.failures.arrow().num_rows
     return Outcome(
         folder=folder,
+        results=results,
         record=record,
         num_cells_run=sum(shard_work.num_cells for shard_work in work) - len(failed),
         failed=tuple(failed),
@@ -95,12 +101,21 @@ def evaluate(config: RunConfig, engine: Engine, watcher: Watcher, calibrate: Cal
 
 
 def preview(config: RunConfig) -> Estimate:
-    """What the whole run would cost, without writing anything."""
+    """What is left of the run would cost, without writing anything. Raises UsageError for whatever `evaluate` would
+    refuse before work starts, such as a folder of another configuration."""
     dataset = choose_images(config)
     folder = RunFolder(config.output or f"runs/{_name(config, dataset)}")
-    record = _new_record(config, folder, dataset)
-    job = job_of(record | {"id": folder.run_id()}, config, folder)  # whose parts are there already, if any
-    return estimate(job, pending(job, shards(dataset.records, config.engine.images_per_shard(len(dataset)))), record)
+    cut = shards(dataset.records, config.engine.images_per_shard(len(dataset)))
+    if not folder.exists(RECORD):
+        record = _new_record(config, folder, dataset)
+        job = job_of(record, config, folder)
+        return estimate(job, pending(job, cut), record)
+    record, job = take_up(config, folder, dataset)
+    work = pending(job, cut)
+    if work:
+        check_weights(record, config)
+    rate_here = {"forward_passes_per_second": None}  # the record's is of the machine that began the run
+    return estimate(job, work, record | {"model": record["model"] | rate_here})
 
 
 def choose_images(config: RunConfig) -> DataSet:
@@ -170,10 +185,18 @@ def _new_record(config: RunConfig, folder: RunFolder, dataset: DataSet) -> dict[
 def _calibrated(
     config: RunConfig, folder: RunFolder, dataset: DataSet, record: dict[str, Any], calibrate: Calibrate
 ) -> dict[str, Any]:
-    """What a calibration on a sample of the run's own images chose; why there was none for a small run."""
+    """What a calibration on a sample of the run's own images chose; why there was none, for a small run or one whose
+    sample could not be computed."""
     num_images = config.precision.num_images
     if len(dataset) < WORTH_IMAGES * num_images:
         few = f"{len(dataset)} images are fewer than {WORTH_IMAGES} x {num_images}"
         return {"why": f"{few}: calibrating would cost more than it saves"}
     chosen = sample(dataset, num_images, config.seed)
-    return calibrate(job_of(record, config, folder), Shard(index=0, records=chosen.records))
+    try:
+        return calibrate(job_of(record, config, folder), Shard(index=0, records=chosen.records))
+    except (UsageError, EngineError, StoppedError):
+        raise
+    except Exception as error:  # every image of the sample is met again in the run, which knows what to do about it
+        why = f"calibrating on {len(chosen)} images failed ({type(error).__name__}: {one_line(error)[:300]})"
+        _LOG.warning("%s: the whole run is computed in float32; another --output tries again", why)
+        return {"why": why}

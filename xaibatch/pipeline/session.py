@@ -24,7 +24,7 @@ from xaibatch.models.randomise import randomised
 from xaibatch.perturb.expand import expand
 from xaibatch.perturb.runner import PlanRunner, is_out_of_memory
 from xaibatch.pipeline.device import is_no_fault_of_the_image
-from xaibatch.pipeline.facts import configured_model
+from xaibatch.pipeline.facts import model_of
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, Question, ShardExplanations
 from xaibatch.pipeline.outcome import Explained, Item, explainer_failure, stack
 from xaibatch.seeding import DrawKey
@@ -46,14 +46,17 @@ class _Held:
 
 
 class Session:
-    """Holds the model and the images of the last few shards on one device. Not safe for concurrent calls."""
+    """Holds the model and the images of the last few shards on one device. Not safe for concurrent calls.
+
+    Raises ChangedWeightsError where the job's checkpoint is no longer the one that its run began with.
+    """
 
     def __init__(self, job: Job, *, device: str = "cpu", model: Classifier | None = None) -> None:
         self.job = job
         self.device = torch.device(device)
         self.dtype = torch.float64 if job.dtype == "float64" else torch.float32
         config = job.config
-        model = model or configured_model(config, job.class_names)
+        model = model or model_of(job)
         self.model = model.to(device=self.device, dtype=self.dtype)
         self.explainers: dict[str, Explainer] = {}
         for label, options in config.explainers.items():

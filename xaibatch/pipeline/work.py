@@ -9,7 +9,7 @@ from typing import Protocol
 
 from xaibatch.pipeline.cells import MetricGroup
 from xaibatch.pipeline.job import Job, ShardExplanations
-from xaibatch.results.compact import Depth, is_compact, list_parts
+from xaibatch.results.compact import Depth, Listing, is_compact, list_parts
 from xaibatch.results.schema import TABLES
 from xaibatch.types import ImageBatch, Shard
 
@@ -68,15 +68,24 @@ class Progress(Protocol):
         """How many replicas are ready from now on."""
 
 
+def listings(job: Job, depth: Depth) -> dict[str, Listing]:
+    """The run's parts: one listing of each table, as deep as `depth`."""
+    return {table: list_parts(job.folder, table, depth=depth, run_id=job.run_id) for table in TABLES}
+
+
 def pending(
-    job: Job, shards: Sequence[Shard], found: Callable[[str, str], None] | None = None, *, depth: Depth = "names"
+    job: Job,
+    shards: Sequence[Shard],
+    found: Callable[[str, str], None] | None = None,
+    *,
+    listed: Mapping[str, Listing] | None = None,
 ) -> list[ShardWork]:
-    """The cells whose parts do not all exist yet, by shard (from one listing of each table, as deep as `depth`).
+    """The cells whose parts do not all exist yet, by shard, from `listed` or else from a listing of the names.
 
     `found` is told of every file in the run folder that is no part of this run: its path, and what is wrong with it.
     Where such a file bears the name of a part, its cell is pending and will write it anew; the rest is left alone.
     """
-    listed = {table: list_parts(job.folder, table, depth=depth, run_id=job.run_id) for table in TABLES}
+    listed = listings(job, "names") if listed is None else listed
     if found is not None:
         for table, listing in listed.items():
             parts = {**listing.readable, **listing.leftover}

@@ -52,7 +52,7 @@ and parts of other runs), or at every byte of local files."""
 def list_parts(folder: RunFolder, table: str, *, depth: Depth = "footers", run_id: str | None = None) -> Listing:
     """List a table's parts; a file that is not the part its name says is found here and not in a query. `run_id`: whose
     parts they must be, by default that of the folder's record."""
-    names, problems = folder.listing(table)
+    names, problems = folder.listing(table, whole=depth == "names")
     looked_at = names if depth != "names" else {name: path for name, path in names.items() if is_compact(name)}
     footers = folder.examine(
         table, looked_at, run_id=folder.run_id() if run_id is None else run_id, contents=depth == "contents"

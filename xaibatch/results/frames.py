@@ -29,16 +29,17 @@ class Frame:
     """One table of one or several runs; nothing is read before one of the methods is called.
 
     `table` is scores, predictions, maps or failures; the columns are those of `results.schema`. `run` is the name that
-    a run's folder has now, whatever it was called when the rows were written.
+    a run's folder has now, whatever it was called when the rows were written. `known`: listings that were just made.
     """
 
     table: str
     folders: tuple[RunFolder, ...]
+    known: tuple[Listing, ...] | None = None
 
     @cached_property
     def listings(self) -> tuple[Listing, ...]:
         """The table's parts, one listing a folder."""
-        return tuple(list_parts(folder, self.table) for folder in self.folders)
+        return self.known or tuple(list_parts(folder, self.table) for folder in self.folders)
 
     @property
     def problems(self) -> dict[str, str]:
@@ -104,8 +105,9 @@ class Frame:
 class Run:
     """One finished or unfinished run; open it with `open_run`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, listings: Mapping[str, Listing] | None = None) -> None:
         self.folder = RunFolder(url)
+        self._listings = listings or {}
         if not self.folder.exists(RECORD):
             raise RunFolderError(
                 f"{url!r} holds no run: there is no {RECORD} in it. Expected a folder that `xaibatch evaluate` wrote"
@@ -134,19 +136,23 @@ class Run:
 
     @cached_property
     def scores(self) -> Frame:
-        return Frame("scores", (self.folder,))
+        return self._frame("scores")
 
     @cached_property
     def predictions(self) -> Frame:
-        return Frame("predictions", (self.folder,))
+        return self._frame("predictions")
 
     @cached_property
     def maps(self) -> Frame:
-        return Frame("maps", (self.folder,))
+        return self._frame("maps")
 
     @cached_property
     def failures(self) -> Frame:
-        return Frame("failures", (self.folder,))
+        return self._frame("failures")
+
+    def _frame(self, table: str) -> Frame:
+        listing = self._listings.get(table)
+        return Frame(table, (self.folder,), None if listing is None else (listing,))
 
     def problems(self) -> dict[str, str]:
         """Files among the parts that cannot be read as such (truncated, foreign, temporary): path -> what is wrong."""
@@ -156,9 +162,12 @@ class Run:
         return f"Run({self.folder.url!r})"
 
 
-def open_run(url: str) -> Run:
-    """Open a run's folder (a path, or a URL such as `s3://bucket/runs/a`); raises RunFolderError if it holds no run."""
-    return Run(str(url))
+def open_run(url: str, listings: Mapping[str, Listing] | None = None) -> Run:
+    """Open a run's folder (a path, or a URL such as `s3://bucket/runs/a`); raises RunFolderError if it holds no run.
+
+    `listings` of its tables that were just made, by `list_parts`, are not made again.
+    """
+    return Run(str(url), listings)
 
 
 def open_runs(urls: Iterable[str]) -> tuple[Run, ...]:

@@ -14,11 +14,11 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -36,6 +36,9 @@ RECORD: Final = "run.json"
 STAGING: Final = ".staging"
 DAMAGED: Final = ".damaged"
 """Ending of a file that was set aside."""
+
+FileT = TypeVar("FileT")
+FoundT = TypeVar("FoundT")
 
 _MAGIC: Final = b"PAR1"
 _TAIL_BYTES: Final = 1 << 16
@@ -171,13 +174,17 @@ class RunFolder:
         """Files in a table's folder that are not whole parts: path -> what is wrong."""
         return self.listing(table)[1]
 
-    def listing(self, table: str) -> tuple[dict[str, str], dict[str, str]]:
-        """`parts` and `problems` from one listing."""
+    def listing(self, table: str, *, whole: bool = True) -> tuple[dict[str, str], dict[str, str]]:
+        """`parts` and `problems` from one listing. Without `whole`, for whoever has `examine` look into the files next,
+        no local file is opened to see whether it is one."""
         files = list(self._files(table))
-        return (
-            {name: path for name, path, problem in files if not problem},
-            {path: problem for _, path, problem in files if problem},
-        )
+        parts = {name: path for name, path, problem in files if not problem}
+        problems = {path: problem for _, path, problem in files if problem}
+        if whole and self._local:
+            fine = self._of_each(list(parts.values()), _whole)
+            problems |= {path: NOT_WHOLE for path, is_fine in zip(parts.values(), fine, strict=True) if not is_fine}
+            parts = {name: path for name, path in parts.items() if path not in problems}
+        return parts, problems
 
     def run_id(self) -> str:
         """The id that the run's record gives its parts; empty where there is no record, or none that has one."""
@@ -198,13 +205,10 @@ class RunFolder:
         keep, and whoever reads the rows finds damage by the pages' checksums.
         """
 
-        def look(items: list[tuple[str, str]]) -> list[tuple[str, Footer]]:
-            return [(name, self._footer(path, table, name, run_id, contents)) for name, path in items]
+        def look(part: tuple[str, str]) -> Footer:
+            return self._footer(part[1], table, part[0], run_id, contents)
 
-        items = list(parts.items())
-        tasks = [items[start : start + _FILES_A_TASK] for start in range(0, len(items), _FILES_A_TASK)]
-        with ThreadPoolExecutor(_LOCAL_READERS if self._local else _STORE_READERS) as pool:
-            return dict(found for chunk in pool.map(look, tasks) for found in chunk)
+        return dict(zip(parts, self._of_each(list(parts.items()), look), strict=True))
 
     def set_aside(self, path: str) -> None:
         """Rename a file of a table so that it is no longer taken for a part."""
@@ -251,6 +255,12 @@ class RunFolder:
             pa.DictionaryArray.from_arrays(codes, [self.name]),
         )
 
+    def _of_each(self, files: Sequence[FileT], look: Callable[[FileT], FoundT]) -> list[FoundT]:
+        """What `look` finds in each of many files, in their order, several at a time."""
+        tasks = [files[start : start + _FILES_A_TASK] for start in range(0, len(files), _FILES_A_TASK)]
+        with ThreadPoolExecutor(_LOCAL_READERS if self._local else _STORE_READERS) as pool:
+            return [found for chunk in pool.map(lambda task: [look(file) for file in task], tasks) for found in chunk]
+
     def _footer(self, path: str, table: str, part: str, run_id: str, contents: bool) -> Footer:
         def look() -> Footer:
             tail = self._tail(path, _TAIL_BYTES)
@@ -271,17 +281,20 @@ class RunFolder:
             return Footer(problem=f"cannot be read ({' '.join(str(error).split())})", metadata={})
 
     def _tail(self, path: str, num_bytes: int) -> bytes:
-        """The file's last bytes, or all of it where it is smaller."""
+        """The file's last bytes, or all of it where it is smaller; nothing of a local file that does not begin as
+        Parquet does."""
         if not self._local:
             tail: bytes = self._fs.cat_file(path, start=-num_bytes)
             return tail
         with open(path, "rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                return b""
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - num_bytes))
             return file.read()
 
     def _files(self, table: str) -> Iterator[tuple[str, str, str]]:
-        """Name, path and problem (empty if there is none) of every file of a table."""
+        """Name, path and problem (empty if there is none) of every file of a table, by what a listing says of it."""
         folder = self.path(table)
         found: dict[str, Any] = self._retry(lambda: self._find(folder), f"list {folder!r}")
         for path, info in sorted(found.items()):
@@ -291,7 +304,7 @@ class RunFolder:
                 yield name, path, "set aside: it was damaged" if name.endswith(DAMAGED) else "not a Parquet part"
             elif not _NAMES.fullmatch(posixpath.basename(part)):
                 yield name, path, "a foreign name: no part is called so"
-            elif info["size"] < 2 * LENGTH_BYTES or (self._local and not _whole(path)):
+            elif info["size"] < 2 * LENGTH_BYTES:
                 yield name, path, NOT_WHOLE
             else:
                 yield part, path, ""
