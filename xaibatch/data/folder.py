@@ -36,7 +36,7 @@ def read_folder(root: str) -> Index:
     _check_classes(root, images, folders, by_split)
     records = [_record(file, by_split) for file in images]
     index = Index(
-        records=records, sizes={file.relative: file.size for file in images}, notes=_notes(len(files), len(images))
+        records=records, sizes={file.path: file.size for file in images}, notes=_notes(len(files), len(images))
     )
     return _with_manifest(root, index)
 
@@ -81,9 +81,8 @@ def _with_manifest(root: str, index: Index) -> Index:
                 records = [_joined(record, known[record.path]) for record in index.records]
                 has_patients = any(record.patient is not None for record in records)
                 where = name if folder == root else f"{name} in the folder above"
-                return replace(
-                    index, records=records, patients_from=f"column patient of {where}" if has_patients else None
-                )
+                patients_from = f"column patient of {where}" if has_patients else None
+                return replace(index, records=records, folder=folder, patients_from=patients_from)
     return index
 
 

@@ -43,6 +43,7 @@ def read_manifest(path: str, *, allow_outside_root: bool = False) -> Index:
     simulated = is_file(join(root.folder, SIMULATION_RECORD))
     return Index(
         records=records,
+        folder=root.folder,
         patients_from=f"column patient of {table.where}" if has_patients else None,
         notes=("the images are simulated: synthetic, not for clinical use",) if simulated else (),
     )
