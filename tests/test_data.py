@@ -151,19 +151,6 @@ def test_links_are_followed_but_not_in_circles(folder: Path, tmp_path: Path) -> 
     assert len(ids) == 5
 
 
-def test_a_manifest_above_gives_patients_only_where_it_covers_the_folder(folder: Path) -> None:
-    rows = [f"set/{entry.relative},x,p{index}" for index, entry in enumerate(list_files(str(folder)))]
-    manifest = folder.parent / "manifest.csv"
-    manifest.write_text("\n".join(["path,label,patient", *rows]))
-    dataset = open_dataset(str(folder))
-    assert dataset.layout == "folder"
-    assert dataset.patients_from == "column patient of manifest.csv in the folder above"
-    assert [record.patient for record in dataset.records] == ["p0", "p1", "p2", "p3"]
-    assert dataset.class_names == ("a", "b")
-    manifest.write_text("\n".join(["path,label,patient", *rows[1:]]))
-    assert open_dataset(str(folder)).patients_from is None
-
-
 # -- manifests
 
 
@@ -192,13 +179,6 @@ def test_a_manifest_gives_every_column(folder: Path) -> None:
     assert second == ImageRecord(image_id="two", path=str(folder / "a" / "1.jpg"))
     assert open_dataset(str(folder)).layout == "manifest"
     assert open_dataset(str(folder), layout="folder").layout == "folder"
-
-
-def test_a_simulated_set_says_that_it_is_synthetic(folder: Path) -> None:
-    path = write_manifest(folder, "path,label\na/3.png,x\n")
-    assert open_dataset(path).notes == ()
-    (folder / "simulation.json").write_text("{}")
-    assert open_dataset(path).notes == ("the images are simulated: synthetic, not for clinical use",)
 
 
 def test_csv_and_parquet_manifests_agree(folder: Path) -> None:

@@ -12,9 +12,9 @@ from xaibatch.data.covid_qu_ex import part_root, read_covid_qu_ex
 from xaibatch.data.findings import FindingOptions
 from xaibatch.data.folder import read_folder
 from xaibatch.data.index import Index, is_dicom_name, split_name
-from xaibatch.data.manifest import MANIFEST_NAMES, NEEDED, read_manifest
+from xaibatch.data.manifest import MANIFEST_NAMES, is_manifest, manifests_in, read_manifest
 from xaibatch.data.nih import entry_table, read_nih
-from xaibatch.data.storage import absolute, is_file, is_folder, join, parent
+from xaibatch.data.storage import absolute, is_file, is_folder, parent
 from xaibatch.data.table import columns_of, is_table
 from xaibatch.errors import DataError, UnknownNameError
 from xaibatch.types import ImageRecord
@@ -118,9 +118,8 @@ def _recognised(root: str) -> tuple[str, str]:
         if "Image Index" in columns:
             return "nih", parent(root)
         return ("chexpert" if is_chexpert(columns) else "manifest"), root
-    for name in MANIFEST_NAMES:
-        path = join(root, name)
-        if is_file(path) and {column.lower() for column in columns_of(path)} >= set(NEEDED):
+    for path in manifests_in(root):
+        if is_manifest(path):
             return "manifest", path
     if entry_table(root):
         return "nih", root
@@ -137,15 +136,17 @@ def _read(layout: str, place: str, allow_outside_root: bool, findings: FindingOp
         return read_nih(place, findings)
     if layout == "chexpert":
         return read_chexpert(place, findings, allow_outside_root=allow_outside_root)
-    return read_covid_qu_ex(place) if layout == "covid-qu-ex" else read_folder(place)
+    if layout == "covid-qu-ex":
+        return read_covid_qu_ex(place)
+    return read_folder(place, allow_outside_root=allow_outside_root)
 
 
 def _manifest_in(place: str) -> str:
     if not is_folder(place):
         return place
-    for name in MANIFEST_NAMES:
-        if is_file(join(place, name)):
-            return join(place, name)
+    found = manifests_in(place)
+    if found:
+        return found[0]
     raise DataError(f"no manifest in {place!r}: expected {' or '.join(MANIFEST_NAMES)}")
 
 
