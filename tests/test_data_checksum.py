@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.image_files import image_folder
 from tests.toy import Watch, toy_config, toy_images
 from xaibatch.config import RunConfig
 from xaibatch.data.dataset import open_dataset
@@ -92,6 +93,23 @@ def test_another_place_tells_nothing(manifest: Path, tmp_path: Path, contents: b
         )
         assert here.mask_names == ("lesion", "lung")
         assert here.checksum == there.checksum
+
+
+def test_the_checksum_follows_content_not_place(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "set")
+    first = open_dataset(str(folder), contents=True)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    assert open_dataset(str(moved), contents=True).checksum == first.checksum
+    same_size = bytearray((moved / "a" / "3.png").read_bytes())
+    same_size[-1] ^= 1
+    (moved / "a" / "3.png").write_bytes(same_size)
+    assert open_dataset(str(moved), contents=True).checksum != first.checksum
+    assert open_dataset(str(moved)).checksum == open_dataset(str(folder)).checksum
+    (moved / "a" / "3.png").write_bytes(same_size + b"0")
+    assert open_dataset(str(moved)).checksum != open_dataset(str(folder)).checksum
+    (moved / "a").rename(moved / "c")
+    assert open_dataset(str(moved)).checksum != open_dataset(str(folder)).checksum
 
 
 def test_masks_outside_the_manifest_s_folder_count_by_name(manifest: Path, tmp_path: Path) -> None:
