@@ -124,8 +124,16 @@ def test_simulated_images_are_synthetic_however_they_are_opened(images: Path) ->
     (images.parent / "simulation.json").write_text("{}")
     for path in (manifest, images.parent, images):
         assert open_dataset(str(path)).notes == (SYNTHETIC,)
-    manifest.unlink()
-    assert open_dataset(str(images)).notes == (SYNTHETIC,)
+
+
+def test_other_images_below_a_simulated_set_are_not_called_synthetic(images: Path) -> None:
+    write(images.parent, "rendered/1.png,x,p1,test,")
+    (images.parent / "simulation.json").write_text("{}")
+    assert open_dataset(str(images)).notes == (
+        "manifest.csv in the folder above is not used: it lists none of the images",
+    )
+    (images / "simulation.json").write_text("{}")
+    assert SYNTHETIC in open_dataset(str(images)).notes
 
 
 @pytest.mark.parametrize("folder", ["images", "twins"])

@@ -79,6 +79,16 @@ def test_missing_splits_are_named(tmp_path):
         splits_of(open_dataset(str(folder)))
 
 
+def test_training_says_what_was_said_of_the_data(toy):
+    (toy / "simulation.json").write_text("{}")
+    manifest = (toy / "manifest.csv").read_text().replace("train,p0\n", "train,\n")
+    (toy / "manifest.csv").write_text(manifest)
+    assert splits_of(open_dataset(str(toy))).notes == (
+        "the images are simulated: synthetic, not for clinical use",
+        "1 images name no patient: that splits share no patient is not checked for them",
+    )
+
+
 def test_augmentation_without_changes_is_the_centre_crop():
     still = AugmentationOptions(
         zoom=(1, 1), stretch=0, rotation_degrees=0, shift=0, brightness=0, contrast=(1, 1), gamma=(1, 1), noise=0,

@@ -68,8 +68,9 @@ def _notes(num_files: int, num_images: int) -> tuple[str, ...]:
 
 
 def _with_manifest(root: str, index: Index, allow_outside_root: bool) -> Index:
-    """Take over what the first manifest that lists images of the folder knows of them."""
-    notes = [*index.notes, *(note for folder in (root, parent(root)) for note in simulation_notes(folder))]
+    """Take over what the first manifest that lists images of the folder knows of them; what a manifest says of all its
+    films holds of a folder of its twins too."""
+    notes = [*index.notes, *simulation_notes(root)]
     for path in (*manifests_in(root), *manifests_in(parent(root))):
         folder, _, name = path.rpartition("/")
         where = name if folder == root else f"{name} in the folder above"
@@ -87,6 +88,9 @@ def _with_manifest(root: str, index: Index, allow_outside_root: bool) -> Index:
             notes.append(f"{where} is not used: it lists none of the images, and cannot be read ({error})")
             continue
         known = {record.path: record for record in manifest.records}
+        films = known.keys() | {record.twin for record in manifest.records}
+        if any(record.path in films for record in index.records):
+            notes += [note for note in manifest.notes if note not in notes]
         records = [_joined(record, known.get(record.path)) for record in index.records]
         num_missing = sum(record.path not in known for record in index.records)
         if num_missing == len(records):
