@@ -54,14 +54,14 @@ def test_contents_tell_changed_pixels_of_equal_size(weights: Path, tmp_path: Pat
     data = toy_images(tmp_path / "data", num_per_class=1)
     thorough = config(data, weights, tmp_path / "run", data__checksum="contents")
     quick = config(data, weights, tmp_path / "quick")
-    assert run(thorough).record["data"]["checksum_of"] == "ids, labels, sizes, contents"
-    assert run(quick).record["data"]["checksum_of"] == "ids, labels, sizes"
+    assert run(thorough).record["data"]["checksum_of"].endswith(", sizes, contents")
+    assert run(quick).record["data"]["checksum_of"].endswith(", sizes")
     image = data / "covid" / "0.png"
     content = bytearray(image.read_bytes())
     content[-20] ^= 1
     image.write_bytes(content)
     assert run(quick).num_cells_run == 0
-    with pytest.raises(RunFolderError, match=r"has changed since the run .*SHA-256 of ids, labels, sizes, contents"):
+    with pytest.raises(RunFolderError, match=r"has changed since the run .*SHA-256 of ids, labels, .* contents"):
         run(thorough)
 
 

@@ -70,7 +70,8 @@ class DataConfig(Options):
     limit: int | None = Field(default=None, ge=1)
     """A seeded, class-balanced sample of this many images; None: all."""
     checksum: Literal["listing", "contents"] = "listing"
-    """What tells changed data apart: ids, labels and the sizes that a listing gives, or every image's bytes too."""
+    """What tells changed data apart: ids, labels, patients, splits, masks, twins and the files' sizes, or every file's
+    bytes too."""
     allow_outside_root: bool = False
     """Allow a manifest to name files outside its own folder."""
     findings: FindingOptions = FindingOptions()

@@ -52,13 +52,14 @@ def read_covid_qu_ex(root: str) -> Index:
             "Normal; in these images and lung masks"
         )
     masks: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
-    images = []
+    images, sizes = [], {}
     for entry in list_files(place):
         parts = entry.relative.split("/")
         if len(parts) != 4 or split_name(parts[0]) not in SPLITS or not is_image(entry.relative):
             continue
         split, label, kind, name = parts
         stem = name.rpartition(".")[0]
+        sizes[entry.path] = entry.size
         if kind.lower() == "images":
             images.append((entry, split, label, stem))
         elif kind.lower() in MASK_FOLDERS:
@@ -77,7 +78,8 @@ def read_covid_qu_ex(root: str) -> Index:
     num_bare = sum("lung" not in record.masks for record in records)
     return Index(
         records=records,
-        sizes={entry.relative: entry.size for entry, *_ in images},
+        folder=place,
+        sizes=sizes,
         notes=(f"{num_bare} images have no lung mask",) if num_bare else (),
     )
 

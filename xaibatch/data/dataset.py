@@ -1,40 +1,25 @@
 """A path in, one frozen, sorted and checksummed `DataSet` out, whatever the layout of the files."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Final, Literal, get_args
+from typing import Literal, get_args
 
-from xaibatch.data.boxes import is_boxes
+from xaibatch.data.checksum import checksum
 from xaibatch.data.chexpert import is_chexpert, read_chexpert, tables_in
 from xaibatch.data.covid_qu_ex import part_root, read_covid_qu_ex
 from xaibatch.data.findings import FindingOptions
 from xaibatch.data.folder import read_folder
 from xaibatch.data.index import Index, is_dicom_name, split_name
-from xaibatch.data.manifest import MANIFEST_NAMES, NEEDED, read_manifest
+from xaibatch.data.manifest import MANIFEST_NAMES, is_manifest, manifests_in, read_manifest
 from xaibatch.data.nih import entry_table, read_nih
-from xaibatch.data.storage import (
-    StoreError,
-    absolute,
-    is_file,
-    is_folder,
-    join,
-    local_size,
-    one_line,
-    parent,
-    read_bytes,
-)
+from xaibatch.data.storage import absolute, is_file, is_folder, parent
 from xaibatch.data.table import columns_of, is_table
 from xaibatch.errors import DataError, UnknownNameError
 from xaibatch.types import ImageRecord
 
 Layout = Literal["folder", "manifest", "covid-qu-ex", "nih", "chexpert"]
-
-_READERS: Final = 16
-_AT_ONCE: Final = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +96,7 @@ def open_dataset(
         raise DataError("the data set holds DICOM files: pip install 'xaibatch[dicom]'")
     if split is not None:
         records = _of_split(records, split, root)
-    digest, digest_of = checksum(records, index.sizes, contents=contents)
+    digest, digest_of = checksum(records, index, contents=contents)
     return DataSet(
         records=records,
         root=root,
@@ -124,55 +109,6 @@ def open_dataset(
     )
 
 
-def checksum(records: Iterable[ImageRecord], sizes: Mapping[str, int], *, contents: bool = False) -> tuple[str, str]:
-    """SHA-256 over the records in their order, and the words for what went into it.
-
-    Ids and labels always; file sizes where the listing told them (`sizes`) or the file is local; with `contents` the
-    bytes of every image, mask and twin (a file that cannot be read counts as empty; raises DataError where a store
-    fails). Paths do not, so that a copied set has the same checksum.
-    """
-    records = tuple(records)
-    digest = hashlib.sha256()
-
-    def add(*fields: str) -> None:
-        for text in fields:
-            digest.update(f"{len(text.encode())}:{text}".encode())
-
-    has_sizes = bool(sizes)
-    hashes = _content_hashes(records) if contents else iter(())
-    for record in records:
-        size = sizes[record.image_id] if record.image_id in sizes else local_size(record.path)
-        has_sizes = has_sizes or size >= 0
-        add(record.image_id, record.label or "", str(size))
-        if contents:
-            add(*next(hashes))
-    parts = ["ids", "labels", *(["sizes"] if has_sizes else []), *(["contents"] if contents else [])]
-    return digest.hexdigest(), ", ".join(parts)
-
-
-def _content_hashes(records: Sequence[ImageRecord]) -> Iterator[tuple[str, ...]]:
-    """For each record SHA-256 (hex) of its image, masks (by name) and twin; many files are read at a time."""
-
-    def hashed(record: ImageRecord) -> tuple[str, ...]:
-        masks = [f"{name}:{_hash(path)}" for name, path in sorted(record.masks.items())]
-        return (_hash(record.path), *masks, *([f"twin:{_hash(record.twin)}"] if record.twin else []))
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(records), _AT_ONCE):
-            yield from pool.map(hashed, records[start : start + _AT_ONCE])
-
-
-def _hash(path: str) -> str:
-    if is_boxes(path):
-        return hashlib.sha256(path.encode()).hexdigest()
-    try:
-        return hashlib.sha256(read_bytes(path)).hexdigest()
-    except StoreError as error:
-        raise DataError(f"the checksum of the data's contents cannot be made: {one_line(error)}") from None
-    except OSError:
-        return hashlib.sha256(b"").hexdigest()
-
-
 def _recognised(root: str) -> tuple[str, str]:
     """The layout that the files show, and the path its reader wants."""
     if is_file(root):
@@ -182,9 +118,8 @@ def _recognised(root: str) -> tuple[str, str]:
         if "Image Index" in columns:
             return "nih", parent(root)
         return ("chexpert" if is_chexpert(columns) else "manifest"), root
-    for name in MANIFEST_NAMES:
-        path = join(root, name)
-        if is_file(path) and {column.lower() for column in columns_of(path)} >= set(NEEDED):
+    for path in manifests_in(root):
+        if is_manifest(path):
             return "manifest", path
     if entry_table(root):
         return "nih", root
@@ -201,15 +136,17 @@ def _read(layout: str, place: str, allow_outside_root: bool, findings: FindingOp
         return read_nih(place, findings)
     if layout == "chexpert":
         return read_chexpert(place, findings, allow_outside_root=allow_outside_root)
-    return read_covid_qu_ex(place) if layout == "covid-qu-ex" else read_folder(place)
+    if layout == "covid-qu-ex":
+        return read_covid_qu_ex(place)
+    return read_folder(place, allow_outside_root=allow_outside_root)
 
 
 def _manifest_in(place: str) -> str:
     if not is_folder(place):
         return place
-    for name in MANIFEST_NAMES:
-        if is_file(join(place, name)):
-            return join(place, name)
+    found = manifests_in(place)
+    if found:
+        return found[0]
     raise DataError(f"no manifest in {place!r}: expected {' or '.join(MANIFEST_NAMES)}")
 
 

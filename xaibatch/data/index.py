@@ -36,12 +36,14 @@ IMAGE_SUFFIXES: Final = frozenset(
 class Index:
     """A layout's records in any order.
 
-    sizes:         bytes by image id, where the listing told them.
+    folder:        where the paths of masks and twins start; full path or URL, "" where there are none.
+    sizes:         bytes by full path or URL of an image, mask or twin, where the listing told them.
     patients_from: what the patients were read from; None where they are unknown.
     notes:         what the user should know about how the set was read, one sentence each.
     """
 
     records: Sequence[ImageRecord]
+    folder: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)
     patients_from: str | None = None
     notes: tuple[str, ...] = ()

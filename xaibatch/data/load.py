@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from xaibatch.data.boxes import boxes_mask, is_boxes
-from xaibatch.data.decode import ImageLimits, decode_in_quiet, mask_in_quiet
+from xaibatch.data.decode import DecodedImage, ImageLimits, decode_in_quiet, mask_in_quiet
 from xaibatch.data.labels import label_indices
 from xaibatch.data.preprocess import Preprocessing
 from xaibatch.data.storage import ReadOptions, StoreError, one_line, read_bytes
@@ -90,12 +90,14 @@ class _Reader:
     def load(self, record: ImageRecord) -> _Loaded:
         loaded = _Loaded()
         try:
-            loaded.image_CHW, size = self._image(record.path)
+            image = self._decoded(record.path)
+            loaded.image_CHW = self.preprocessing.apply(image, self.dtype)
         except StoreError:
             raise
         except (ImageError, OSError) as error:
             loaded.failures.append(_failure(record, "read", error))
             return loaded
+        size = image.values.shape[0], image.values.shape[1]
         for name in self.masks:
             if name in record.masks:
                 try:
@@ -106,19 +108,18 @@ class _Reader:
                     loaded.failures.append(_failure(record, "mask", error, f"{name} mask: "))
         if self.with_twins and record.twin is not None:
             try:
-                loaded.twin_CHW, twin_size = self._image(record.twin)
-                if twin_size != size:
-                    loaded.twin_CHW = None
-                    raise ImageError(f"its size {_text(twin_size)} differs from the image's {_text(size)}")
+                twin = self._decoded(record.twin)
+                if twin.values.shape[:2] != size:
+                    raise ImageError(f"its size {_text(twin.values.shape[:2])} differs from the image's {_text(size)}")
+                loaded.twin_CHW = self.preprocessing.apply(twin, self.dtype, image_of_twin=image)
             except StoreError:
                 raise
             except (ImageError, OSError) as error:
                 loaded.failures.append(_failure(record, "twin", error, "twin: "))
         return loaded
 
-    def _image(self, path: str) -> tuple[NDArray[np.floating], tuple[int, int]]:
-        decoded = decode_in_quiet(self._bytes(path), self.limits, self.preprocessing.dicom_range)
-        return self.preprocessing.apply(decoded, self.dtype), (decoded.values.shape[0], decoded.values.shape[1])
+    def _decoded(self, path: str) -> DecodedImage:
+        return decode_in_quiet(self._bytes(path), self.limits, self.preprocessing.dicom_range)
 
     def _bytes(self, path: str) -> bytes:
         return read_bytes(path, self.reading, self.roots)

@@ -12,7 +12,7 @@ from collections import Counter
 from xaibatch.data.boxes import is_boxes
 from xaibatch.data.index import Index, require_columns, split_name
 from xaibatch.data.storage import absolute, is_file, is_remote, join, parent
-from xaibatch.data.table import Row, Table, read_table
+from xaibatch.data.table import Row, Table, columns_of, read_table
 from xaibatch.errors import DataError
 from xaibatch.types import ImageRecord
 
@@ -20,6 +20,22 @@ NEEDED = ("path", "label")
 MANIFEST_NAMES = ("manifest.csv", "manifest.parquet")
 SIMULATION_RECORD = "simulation.json"
 """What `jobs/simulate.py` leaves beside the manifest of its images."""
+
+
+def manifests_in(folder: str) -> tuple[str, ...]:
+    """Paths of the files in the folder that are manifests by their name."""
+    return tuple(path for name in MANIFEST_NAMES if is_file(path := join(folder, name)))
+
+
+def is_manifest(path: str) -> bool:
+    """True where the table at `path` has the needed columns. Raises DataError where it is no table."""
+    return {column.lower() for column in columns_of(path)} >= set(NEEDED)
+
+
+def simulation_notes(folder: str) -> tuple[str, ...]:
+    """What is to be said of images in a folder that `jobs/simulate.py` wrote."""
+    simulated = is_file(join(folder, SIMULATION_RECORD))
+    return ("the images are simulated: synthetic, not for clinical use",) if simulated else ()
 
 
 def read_manifest(path: str, *, allow_outside_root: bool = False) -> Index:
@@ -40,11 +56,11 @@ def read_manifest(path: str, *, allow_outside_root: bool = False) -> Index:
             f"{table.where}: {len(twice)} image ids come more than once, for example {', '.join(map(repr, twice[:3]))}"
         )
     has_patients = any(record.patient is not None for record in records)
-    simulated = is_file(join(root.folder, SIMULATION_RECORD))
     return Index(
         records=records,
+        folder=root.folder,
         patients_from=f"column patient of {table.where}" if has_patients else None,
-        notes=("the images are simulated: synthetic, not for clinical use",) if simulated else (),
+        notes=simulation_notes(root.folder),
     )
 
 

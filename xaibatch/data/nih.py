@@ -72,7 +72,7 @@ def read_nih(root: str, options: FindingOptions) -> Index:
     missing = (f"{num_missing} images of {table.where} are not on disk",) if num_missing else ()
     return Index(
         records=records,
-        sizes={record.image_id: files[record.image_id].size for record in records},
+        sizes={files[record.image_id].path: files[record.image_id].size for record in records},
         patients_from=f"column Patient ID of {table.where}",
         notes=(*missing, *choice.notes()),
     )

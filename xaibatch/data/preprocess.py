@@ -61,7 +61,8 @@ class Preprocessing(Options):
 
     value_range: Literal["full", "min_max"] = "full"
     """What 0 and 1 stand for: the file's bit depth (0 to 255, 0 to 65535), or the image's own smallest and largest
-    value."""
+    value. A twin is stretched by its image's values, so that both differ only where the films do; what lies beyond
+    them saturates."""
 
     dicom_range: Literal["window", "full"] = "window"
     """DICOM only: the file's own first window or lookup table where it has one, or all its stored bits."""
@@ -84,11 +85,16 @@ class Preprocessing(Options):
             raise ValueError("std must be positive")
         return self
 
-    def apply(self, decoded: DecodedImage, dtype: DTypeLike = np.float32) -> NDArray[np.floating]:
-        """Return the normalised image (C,H,W) in `dtype`. Raises ImageError where it is smaller than the crop and not
-        resized."""
+    def apply(
+        self, decoded: DecodedImage, dtype: DTypeLike = np.float32, image_of_twin: DecodedImage | None = None
+    ) -> NDArray[np.floating]:
+        """Return the normalised image (C,H,W) in `dtype`; a twin's with the image that it is the twin of.
+
+        Raises ImageError where it is smaller than the crop and not resized, and where twin and image have no common
+        scale under `min_max` (one has a bit depth, the other is floating-point).
+        """
         values = self._channels_wanted(decoded)
-        values, full_range = self._ranged(values, decoded)
+        values, full_range = self._ranged(values, decoded, image_of_twin or decoded)
         cropped = self._cropped(self._resized(values, self.interpolation, full_range))
         scaled_HWC = np.atleast_3d(cropped).astype(dtype) / np.asarray(full_range, dtype)
         normalised_HWC = (scaled_HWC - np.asarray(self.mean, dtype)) / np.asarray(self.std, dtype)
@@ -128,10 +134,15 @@ class Preprocessing(Options):
             return np.asarray(Image.fromarray(values).convert("L"))
         return values @ np.asarray((0.299, 0.587, 0.114), np.float32)
 
-    def _ranged(self, values: NDArray, decoded: DecodedImage) -> tuple[NDArray, float]:
+    def _ranged(self, values: NDArray, decoded: DecodedImage, ranged_by: DecodedImage) -> tuple[NDArray, float]:
         if self.value_range == "min_max":
-            low, high = float(values.min()), float(values.max())
-            return ((values.astype(np.float32) - low) / ((high - low) or 1.0)).astype(np.float32), 1.0
+            if (decoded.full_range is None) != (ranged_by.full_range is None):
+                raise ImageError("image and twin have no common scale: one is floating-point, the other is not")
+            unit = (decoded.full_range or 1.0) / (ranged_by.full_range or 1.0)
+            range_by = self._channels_wanted(ranged_by)
+            low, high = float(range_by.min()) * unit, float(range_by.max()) * unit
+            stretched = (values.astype(np.float32) - low) / ((high - low) or 1.0)
+            return stretched.clip(0, 1).astype(np.float32), 1.0
         if decoded.full_range is None:
             raise ImageError(
                 "a floating-point image has no full range: set value_range to 'min_max', or store it with 8 or 16 bits"

@@ -1,6 +1,7 @@
 """An image and its lesion-free twin: does the map point at what differs, and does it follow when the lesion goes?
 
-Both are the same film but for the lesion, so the region where they differ is the cause of any change of the output. The
+Both are the same film but for the lesion, so the region where they differ is the cause of any change of the output
+(under `value_range: min_max` the twin is stretched by its image's range, else nearly all pixels would differ). The
 explainer's own positive relevance counts, before the run's normalisation: min-max scaling would make every map's least
 value zero, and evidence against the class would become evidence for it.
 

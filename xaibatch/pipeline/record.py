@@ -165,6 +165,12 @@ def check_same(record: Mapping[str, Any], config: RunConfig, dataset: DataSet, f
             f"the run folder {folder.url!r} belongs to another configuration ({shown}). "
             "Choose another --output, or use the same settings to take it up again"
         )
+    covered = record["data"].get("checksum_of", dataset.checksum_of)
+    if covered != dataset.checksum_of:
+        raise RunFolderError(
+            f"the run {folder.url!r} knows its data by a SHA-256 of {covered}; now it is of {dataset.checksum_of}, and "
+            "the two cannot be compared. Choose another --output"
+        )
     if record["data"]["checksum"] != dataset.checksum:
         raise RunFolderError(
             f"the data at {dataset.root!r} has changed since the run {folder.url!r} began "

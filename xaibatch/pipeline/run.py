@@ -119,7 +119,7 @@ def preview(config: RunConfig) -> Estimate:
 
 
 def choose_images(config: RunConfig) -> DataSet:
-    """Open the data set and take the configured sample; checks what needs no model."""
+    """Open the data set, say what is to be known of it, and take the configured sample; checks what needs no model."""
     if not config.data.path:
         raise DataError(
             "no data: give --data a folder with one sub-folder a class, or a CSV/Parquet manifest (or `embedded`)"
@@ -135,6 +135,8 @@ def choose_images(config: RunConfig) -> DataSet:
         allow_outside_root=config.data.allow_outside_root,
         findings=config.data.findings,
     )
+    for note in dataset.notes:
+        _LOG.warning("data: %s", note)
     if config.target == "label" and any(record.label is None for record in dataset.records):
         raise ConfigError("target is 'label' but some images have no label: use target 'predicted' or label them")
     return sample(dataset, config.data.limit, config.seed)

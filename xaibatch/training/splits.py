@@ -16,7 +16,8 @@ NAMES = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
-    """Labelled records of each split (test may be empty), classes in the order of the model's outputs, and notes."""
+    """Labelled records of each split (test may be empty), classes in the order of the model's outputs, and notes of
+    the data set and on its patients."""
 
     train: tuple[ImageRecord, ...]
     val: tuple[ImageRecord, ...]
@@ -45,9 +46,8 @@ def splits_of(dataset: DataSet) -> Splits:
     if foreign or len(classes) < 2:
         raise DataError(f"train has classes {', '.join(classes)}; val or test also have {', '.join(foreign) or 'none'}")
     without = sum(record.patient is None for name in NAMES for record in by_split[name])
-    notes = (
-        (f"{without} images name no patient: that splits share no patient is not checked for them",) if without else ()
-    )
+    unchecked = f"{without} images name no patient: that splits share no patient is not checked for them"
+    notes = (*dataset.notes, *([unchecked] if without else []))
     return Splits(**by_split, class_names=classes, notes=notes)
 
 
