@@ -6,6 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
@@ -277,8 +279,34 @@ def test_intervals_move_and_scale_with_the_scores():
 
 
 def test_intervals_stay_inside_the_metric_s_bounds():
-    values = np.random.default_rng(0).beta(30, 1, (12, 1))
-    assert summarise(values, np.arange(12), seed=0, bounds_K=[(0.0, 0.98)])[0].interval.high <= 0.98
+    values = np.random.default_rng(0).beta(0.5, 0.1, (12, 1))
+    assert summarise(values, np.arange(12), seed=0)[0].interval.high > 1
+    assert summarise(values, np.arange(12), seed=0, bounds_K=[(0.0, 1.0)])[0].interval.high == 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    scores=st.lists(st.one_of(st.sampled_from([0.0, 0.1, 1.0, 2.5]), st.floats(-1e6, 1e6)), min_size=10, max_size=24),
+    bounds=st.tuples(st.sampled_from([-np.inf, -1.0, 0.0]), st.sampled_from([0.5, 1.0, np.inf])),
+    images_per_patient=st.sampled_from([1, 2]),
+)
+def test_an_interval_holds_its_mean_even_where_scores_lie_outside_the_declared_bounds(
+    scores, bounds, images_per_patient
+):
+    values = np.repeat(scores, images_per_patient)[:, None]
+    clusters = np.arange(len(values)) // images_per_patient
+    found = summarise(values, clusters, seed=0, bounds_K=[bounds], num_resamples=200)[0]
+    difference = compare(values, clusters, [1], seed=0, bounds_K=[bounds], num_resamples=200)[0]
+    for mean, interval in ((found.mean, found.interval), (difference.mean_difference, difference.interval)):
+        assert interval is None or interval.low <= mean <= interval.high
+
+
+def test_differences_larger_than_the_declared_range_are_judged_by_what_was_seen():
+    # a metric said to lie in [0, 1] whose scores differ by 25: at its range's edge the interval would be [-1, -20]
+    values = np.random.default_rng(0).normal(-25, 3, (30, 1))
+    found = compare(values, np.arange(30), [1], seed=0, bounds_K=[(0.0, 1.0)])[0]
+    free = compare(values, np.arange(30), [1], seed=0)[0]
+    assert (found.interval, found.verdict) == (free.interval, "worse")
 
 
 # -- paired comparisons

@@ -146,7 +146,8 @@ def mean_intervals(
     """Return means, standard errors, lower and upper ends, method (None: no interval) and number of patients per
     column.
 
-    bounds_K: the range of each column's scores (infinite where there is none), to which intervals are clipped.
+    bounds_K: the range of each column's scores (infinite where there is none), to which intervals are clipped; scores
+    outside it widen it, so that an interval always holds its mean.
     Hits and misses (all 0 or 1; `hits_K` says of which columns that is the scale, None: of all) get the Wilson interval
     with the number of images deflated by the design effect, and Student's quantile where patients have several images.
     Other columns of nearly equal scores get their `bounded_interval`, or none where the range is infinite.
@@ -174,18 +175,20 @@ def mean_intervals(
         for j, k in enumerate(columns):
             scored = values_IK[np.isfinite(values_IK[:, k]), k]
             least, most = bounds_K[k] if bounds_K else (-np.inf, np.inf)
+            least, most = min(least, float(scored.min())), max(most, float(scored.max()))
             if (hits_K is None or hits_K[k]) and np.isin(scored, (0.0, 1.0)).all():
                 z = float(ndtri(1 - tail) if num == scored.size else stdtrit(num - 1, 1 - tail))
                 lows[k], highs[k] = wilson(float(means[k]), _effective_number(scored, float(errors[k]), num), z)
                 methods[k] = "wilson"
             elif not np.isfinite(low[j] + high[j]) or nearly_equal(own_Ck[:, j], tail):
                 if np.isfinite(least) and np.isfinite(most):
-                    bounds = (min(least, float(scored.min())), max(most, float(scored.max())))
-                    lows[k], highs[k] = bounded_interval(own_Ck[:, j], n_Ck[:, j], bounds, tail, seed)
+                    lows[k], highs[k] = bounded_interval(own_Ck[:, j], n_Ck[:, j], (least, most), tail, seed)
                     methods[k] = "bounded"
             else:
                 lows[k], highs[k] = max(least, float(means[k] + low[j])), min(most, float(means[k] + high[j]))
                 methods[k] = how[j]
+            if methods[k]:  # where all scores are equal, the mean's rounding must not push it past an end
+                lows[k], highs[k] = min(lows[k], float(means[k])), max(highs[k], float(means[k]))
     return means, errors, lows, highs, methods, num_clusters
 
 
