@@ -5,7 +5,7 @@ labels, images by their ids; what only one run has is counted and left out.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xaibatch.errors import RunFolderError
-from xaibatch.results.cube import ScoreCube, metric_info, score_cube
+from xaibatch.results.cube import ScoreCube, metric_info, not_independent, score_cube
 from xaibatch.results.frames import Run, open_run
 from xaibatch.results.report_tables import WORDS, more_text, number, p_text
 from xaibatch.results.statistics_paired import Comparison
@@ -25,7 +25,7 @@ _COMPARED = ("config", "model", "data", "explainers", "metrics", "precision", "v
 _PLACES = frozenset({"config.output", "data.root"})
 """Entries that only say where something lies."""
 
-_NOT_SETTINGS = frozenset({"forward_passes_per_second"})
+_NOT_SETTINGS = frozenset({"forward_passes_per_second", "across_images"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,7 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         [m.sign for m in judged],
         seed=int(runs[0].config.get("seed", 0)),
         bounds_K=[m.bounds for m in judged],
+        dependent_K=[any(metric_info(m.label, run.record).across_images for run in runs) for m in judged],
     )
     predicted = [cube.predicted_I[row] for cube, row in zip(cubes, rows, strict=True)]
     labels = first.labels_I[rows[0]]
@@ -119,7 +120,12 @@ def print_comparison(first_url: str, second_url: str, console: Console | None = 
     console.print(_settings_table(found) if found.settings else Text("no setting differs"))
     for line in _image_lines(found):
         console.print(line, highlight=False, markup=False)
-    console.print(_score_table(found, open_run(first_url).record))
+    record = open_run(first_url).record
+    console.print(_score_table(found, record))
+    dependent = dict.fromkeys(metric for (_, metric), c in found.scores.items() if c.verdict == "dependent")
+    if dependent:
+        infos = [replace(metric_info(metric, record), across_images=True) for metric in dependent]
+        console.print(not_independent(infos), style="dim", highlight=False, markup=False)
     console.print(
         "paired over the same images; p-values by sign flips of patients, corrected by Holm over all rows",
         style="dim",

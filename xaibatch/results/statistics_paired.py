@@ -29,7 +29,7 @@ MAX_PERMUTED_CLUSTERS: Final = 2000
 ALPHA: Final = 0.05
 POWER: Final = 0.8
 
-Verdict = Literal["better", "worse", "higher", "lower", "undecided", "too few"]
+Verdict = Literal["better", "worse", "higher", "lower", "undecided", "too few", "dependent"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +38,15 @@ class Comparison:
 
     effect_size:  mean difference over the standard deviation of the differences (Cohen's d_z).
     wins:         share of images on which the first is the better one (higher, where a metric has no direction),
-                  ties half.
+                  ties half. Like `effect_size` and `detectable` NaN where images are not independent.
     p_value:      two-sided; None for too few patients. `p_holm`: after Holm's correction over `num_tests` tests.
-    verdict:      in the metric's own direction, of the first explainer; `higher`/`lower` where neither is better.
+    verdict:      in the metric's own direction, of the first explainer; `higher`/`lower` where neither is better;
+                  `dependent` where nothing was tested, as a metric compares images with each other.
     more_images:  how many more images (of as many per patient) would settle an undecided comparison with 80%
                   probability at the corrected level, if the difference is as observed; None where it is settled or
                   no difference was seen.
-    interval:     None for too few patients, and where nearly all differences are equal under a metric without limits.
+    interval:     None for too few patients or dependent images, and where nearly all differences are equal under a
+                  metric without limits.
     detectable:   the smallest difference that this number of images would have found with 80% probability.
     """
 
@@ -65,7 +67,7 @@ class Comparison:
     def alike(self) -> bool:
         """Nearly all differences are equal: the interval rests on the metric's range, or there is none."""
         if self.interval is None:
-            return self.num_clusters >= MIN_CLUSTERS
+            return self.verdict != "dependent" and self.num_clusters >= MIN_CLUSTERS
         return self.interval.method == "bounded"
 
 
@@ -76,6 +78,7 @@ def compare(
     *,
     seed: int,
     bounds_K: Sequence[tuple[float, float]] | None = None,
+    dependent_K: Sequence[bool] | None = None,
     alpha: float = ALPHA,
     power: float = POWER,
     num_resamples: int = NUM_RESAMPLES,
@@ -84,7 +87,8 @@ def compare(
     for Holm.
 
     signs_K: +1 where higher is better, -1 where lower is, 0 where neither. bounds_K: the range of the metric's scores
-    (None: without limits); a difference lies within plus and minus its width.
+    (None: without limits); a difference lies within plus and minus its width. dependent_K: comparisons whose images are
+    not independent (None: no comparison's): they are not tested and do not count in the family.
     """
     means, errors, lows, highs, methods, num_clusters = mean_intervals(
         differences_IK,
@@ -92,10 +96,12 @@ def compare(
         seed=seed,
         bounds_K=[(low - high, high - low) for low, high in bounds_K] if bounds_K else None,
         hits_K=[False] * differences_IK.shape[1],
+        dependent_K=dependent_K,
         confidence=1 - alpha,
         num_resamples=num_resamples,
     )
-    testable = num_clusters >= MIN_CLUSTERS
+    dependent = np.array(dependent_K or [False] * len(means), bool)
+    testable = (num_clusters >= MIN_CLUSTERS) & ~dependent
     p_values = np.full(len(means), np.nan)
     num_tests = int(testable.sum())
     if num_tests:
@@ -106,13 +112,14 @@ def compare(
         column = differences_IK[np.isfinite(differences_IK[:, k]), k]
         method = methods[k]
         interval = Interval(low=lows[k], high=highs[k], method=method) if method else None
-        verdict = _verdict(float(means[k]), interval, float(corrected[k]), sign, alpha) if testable[k] else "too few"
+        untested: Verdict = "dependent" if dependent[k] else "too few"
+        verdict = _verdict(float(means[k]), interval, float(corrected[k]), sign, alpha) if testable[k] else untested
         comparisons.append(
             Comparison(
                 mean_difference=float(means[k]),
                 interval=interval,
-                effect_size=_effect_size(column),
-                wins=float((column * (sign or 1) > 0).mean() + 0.5 * (column == 0).mean()) if column.size else np.nan,
+                effect_size=np.nan if dependent[k] else _effect_size(column),
+                wins=np.nan if dependent[k] else _wins(column, sign),
                 p_value=float(p_values[k]) if testable[k] else None,
                 p_holm=float(corrected[k]) if testable[k] else None,
                 verdict=verdict,
@@ -211,6 +218,10 @@ def _effect_size(column: NDArray[np.float64]) -> float:
     return (
         float(column.mean() / spread) if spread > 0 else float(np.sign(column.mean()) * np.inf) if column.any() else 0.0
     )
+
+
+def _wins(column: NDArray[np.float64], sign: int) -> float:
+    return float((column * (sign or 1) > 0).mean() + 0.5 * (column == 0).mean()) if column.size else np.nan
 
 
 def _more_images(mean: float, error: float, num_images: int, num_tests: int, alpha: float, power: float) -> int | None:

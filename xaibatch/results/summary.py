@@ -14,7 +14,16 @@ from rich.text import Text
 
 from xaibatch.results import study
 from xaibatch.results.cube import Group as ImageGroup
-from xaibatch.results.cube import MetricInfo, Record, ScoreCube, floor_explainer, is_synthetic, not_scored, score_cube
+from xaibatch.results.cube import (
+    MetricInfo,
+    Record,
+    ScoreCube,
+    floor_explainer,
+    is_synthetic,
+    not_independent,
+    not_scored,
+    score_cube,
+)
 from xaibatch.results.frames import Run
 from xaibatch.results.statistics import MIN_CLUSTERS, Summary
 
@@ -232,7 +241,9 @@ def _caption(cube: ScoreCube, record: Record, floor_label: str | None, cells: Ma
     shown = [summary for group in cells.values() for summary, _ in group.values() if summary.num_scored]
     if any(summary.alike for summary in shown):
         yield f"° {ALIKE}"
-    if any(not summary.interval and not summary.alike for summary in shown):
+    if dependent := not_independent(cube.metrics):
+        yield dependent
+    if any(not summary.interval and not summary.alike and summary.independent for summary in shown):
         yield f"no interval below {MIN_CLUSTERS} {'patients' if cube.num_patients else 'images'}"
     missing = _reasons(cube)
     if missing:
