@@ -23,7 +23,14 @@ from xaibatch.results.statistics import (
     summarise,
     wilson,
 )
-from xaibatch.results.statistics_paired import compare, holm, images_needed, sign_flip_p_values
+from xaibatch.results.statistics_paired import (
+    compare,
+    fewest_patients,
+    holm,
+    images_needed,
+    is_out_of_reach,
+    sign_flip_p_values,
+)
 from xaibatch.results.statistics_repeats import noise_share
 
 NUM_SIMULATIONS = 3000
@@ -420,6 +427,37 @@ def test_the_promised_number_of_images_settles_an_undecided_difference_in_about_
     again = draws.normal(0.3, 1, (40 + found.more_images, 1000))
     settled = (sign_flip_p_values(again, np.arange(len(again)), seed=0, alpha=1.0) < 0.05).mean()
     assert 0.76 <= settled <= 0.85
+
+
+@pytest.mark.parametrize(("num_patients", "num_tests"), [(10, 45), (11, 90), (13, 300), (14, 1000)])
+@pytest.mark.parametrize("images_per_patient", [1, 3])
+def test_a_family_too_large_for_its_patients_gets_no_verdict_and_says_how_many_patients_would_do(
+    num_patients, num_tests, images_per_patient
+):
+    # all differences large and of one sign: p = 2 / 2**C, the smallest there is
+    def judged(num):
+        clusters = np.repeat(np.arange(num), images_per_patient)
+        values = np.random.default_rng(0).normal(5, 0.3, (len(clusters), num_tests))
+        return compare(values, clusters, [1] * num_tests, seed=0, num_resamples=200)
+
+    needed = fewest_patients(num_tests)
+    assert num_tests * 2 / 2**needed < 0.05 <= num_tests * 2 / 2 ** (needed - 1)
+    found = judged(num_patients)
+    assert is_out_of_reach(found)
+    assert {c.verdict for c in found} == {"undecided"}
+    assert {c.more_images for c in found} == {(needed - num_patients) * images_per_patient}
+    assert {c.verdict for c in judged(needed - 1)} == {"undecided"}
+    if 2**needed <= 9999:  # beyond, patterns are drawn, and one more hit than expected is too many
+        assert {c.verdict for c in judged(needed)} == {"better"}
+        assert not is_out_of_reach(judged(needed))
+
+
+def test_drawn_sign_patterns_give_no_smaller_p_value_than_all_of_them():
+    values = np.ones((14, 40))
+    values[0, ::2] = 0  # one patient less
+    smallest = sign_flip_p_values(values, np.arange(14), seed=0)
+    assert smallest[::2].min() >= 2 / 2**13
+    assert smallest[1::2].min() >= 2 / 2**14
 
 
 def test_too_few_patients_give_no_p_value_and_do_not_count_in_the_family():

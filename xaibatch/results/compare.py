@@ -20,6 +20,7 @@ from xaibatch.results.frames import Run, open_run
 from xaibatch.results.report_tables import WORDS, more_text, number, p_text
 from xaibatch.results.statistics_paired import Comparison
 from xaibatch.results.statistics_paired import compare as compare_columns
+from xaibatch.results.study import too_many_tests
 
 _COMPARED = ("config", "model", "data", "explainers", "metrics", "precision", "versions", "code")
 _PLACES = frozenset({"config.output", "data.root"})
@@ -33,7 +34,7 @@ class RunComparison:
     """`scores`: (explainer, metric) -> second run minus first, verdict of the second run, one family for Holm.
 
     settings: dotted key of `run.json` -> values in the first and the second run.
-    num_shared, num_only_first, num_only_second: images with scores.
+    num_shared, num_only_first, num_only_second: images with scores. num_patients: as in the first run's cube.
     num_changed: shared images whose predicted class differs; `accuracy` of both runs on the shared labelled images, or
     None. unmatched: labels of explainers and metrics that only one of the runs has.
     """
@@ -45,6 +46,7 @@ class RunComparison:
     num_shared: int
     num_only_first: int
     num_only_second: int
+    num_patients: int
     num_changed: int
     accuracy: tuple[float, float] | None
     unmatched: tuple[str, ...]
@@ -94,6 +96,7 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         num_shared=len(images),
         num_only_first=first.num_images - len(images),
         num_only_second=second.num_images - len(images),
+        num_patients=first.num_patients,
         num_changed=int((predicted[0] != predicted[1]).sum()),
         accuracy=(float((predicted[0] == labels)[known].mean()), float((predicted[1] == labels)[known].mean()))
         if known.any()
@@ -122,6 +125,8 @@ def print_comparison(first_url: str, second_url: str, console: Console | None = 
         console.print(line, highlight=False, markup=False)
     record = open_run(first_url).record
     console.print(_score_table(found, record))
+    if text := too_many_tests({"shared images": found.scores}, found.num_patients):
+        console.print(text, style="dim", highlight=False, markup=False)
     dependent = dict.fromkeys(metric for (_, metric), c in found.scores.items() if c.verdict == "dependent")
     if dependent:
         infos = [replace(metric_info(metric, record), across_images=True) for metric in dependent]

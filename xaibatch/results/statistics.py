@@ -100,8 +100,8 @@ def summarise(
 ) -> tuple[Summary, ...]:
     """Mean, median, spread and interval of each column; NaN entries are counted as not scored and left out.
 
-    bounds_K, hits_K, dependent_K: see `mean_intervals`. The same seed and number of patients give the same resamples for
-    every column, so that columns of one table are comparable.
+    bounds_K, hits_K, dependent_K: see `mean_intervals`. The same seed and number of patients give the same resamples
+    for every column, so that columns of one table are comparable.
 
     >>> import numpy as np
     >>> summarise(np.arange(40.0)[:, None], np.arange(40), seed=0)[0].mean

@@ -16,7 +16,7 @@ from xaibatch.results.cube import Group, ScoreCube, floor_explainer, is_syntheti
 from xaibatch.results.frames import Run
 from xaibatch.results.ranks import Agreement, Ranking, agreement, rank
 from xaibatch.results.statistics import Summary, summarise
-from xaibatch.results.statistics_paired import Comparison, compare
+from xaibatch.results.statistics_paired import Comparison, compare, fewest_patients, is_out_of_reach
 from xaibatch.results.statistics_repeats import NoiseShare, noise_share
 
 FLOOR_MARKS: Mapping[str, str] = {"undecided": "†", "worse": "‡", "too few": "?"}
@@ -143,6 +143,23 @@ def floor_marks(pairs: Mapping[tuple[str, str, str], Comparison], floor: str | N
             verdict = comparison.verdict if second == floor else TURNED.get(comparison.verdict, comparison.verdict)
             marks[first if second == floor else second, metric] = FLOOR_MARKS.get(verdict, "")
     return marks
+
+
+def too_many_tests(pairs: Mapping[str, Mapping[Any, Comparison]], num_patients: int) -> str:
+    """Which families of comparisons, by the title of their group of images, are too large for any verdict; empty where
+    none is. num_patients: as in the cube, 0 where patients are unknown."""
+    unit = "patients" if num_patients else "images"
+    families = []
+    for title, family in pairs.items():
+        if is_out_of_reach(family.values()):
+            tested = [c for c in family.values() if c.p_value is not None]
+            families.append(
+                f"{title} ({tested[0].num_tests} comparisons, {max(c.num_clusters for c in tested)} {unit}; "
+                f"{fewest_patients(tested[0].num_tests)} could give one)"
+            )
+    if not families:
+        return ""
+    return f"too many comparisons for a verdict, however large the differences: {', '.join(families)}"
 
 
 def _hits(cube: ScoreCube) -> list[bool]:
