@@ -242,7 +242,7 @@ def test_nearly_equal_scores_are_marked_wherever_they_are_shown(tmp_path):
 
 
 def test_a_family_too_large_for_its_images_is_said_below_the_table_and_in_the_report(run_url, tmp_path):
-    # five explainers, four metrics: three scored for 10 images, so 30 comparisons, whose p-values are at least 2 / 2**10
+    # five explainers, three metrics scored for ten images: 30 comparisons, whose p-values are at least 2 / 2**10
     make_run(tmp_path / "run", Design(num_images=10))
     line = (
         "too many comparisons for a verdict, however large the differences: all images (30 comparisons, 10 images; 11"
