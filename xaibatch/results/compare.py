@@ -35,8 +35,9 @@ class RunComparison:
 
     settings: dotted key of `run.json` -> values in the first and the second run.
     num_shared, num_only_first, num_only_second: images with scores. num_patients: as in the first run's cube.
-    num_changed: shared images whose predicted class differs; `accuracy` of both runs on the shared labelled images, or
-    None. unmatched: labels of explainers and metrics that only one of the runs has.
+    num_changed: shared images whose predicted class differs; `accuracy` of both runs on the shared labelled images,
+    None without these and for models of one output, which predict no class. unmatched: labels of explainers and metrics
+    that only one of the runs has.
     """
 
     first: str
@@ -87,7 +88,7 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
     )
     predicted = [cube.predicted_I[row] for cube, row in zip(cubes, rows, strict=True)]
     labels = first.labels_I[rows[0]]
-    known = np.array([label is not None for label in labels], bool)
+    known = np.array([None not in names for names in zip(labels, *predicted, strict=True)], bool)
     return RunComparison(
         first=runs[0].name,
         second=runs[1].name,

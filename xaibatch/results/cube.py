@@ -99,16 +99,17 @@ class ScoreCube:
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
     def groups(self) -> tuple[Group, ...]:
-        """All images, then by true class, by predicted class and by outcome; groups of no image are left out."""
+        """All images, then by true class, by predicted class and, where both are known, by outcome; groups of no image
+        are left out."""
         everything = Group(kind="all", name="all", rows_I=np.ones(self.num_images, bool))
         groups = [everything]
         for kind, names_I in (("label", self.labels_I), ("predicted", self.predicted_I)):
             names = sorted({name for name in names_I if name is not None})
             groups += [Group(kind=kind, name=name, rows_I=names_I == name) for name in names]
-        labelled = np.array([name is not None for name in self.labels_I], bool)
-        correct = labelled & (self.labels_I == self.predicted_I)
+        judged = np.array([None not in names for names in zip(self.labels_I, self.predicted_I, strict=True)], bool)
+        correct = judged & (self.labels_I == self.predicted_I)
         groups.append(Group(kind="outcome", name="correct", rows_I=correct))
-        groups.append(Group(kind="outcome", name="wrong", rows_I=labelled & ~correct))
+        groups.append(Group(kind="outcome", name="wrong", rows_I=judged & ~correct))
         return tuple(group for group in groups if group.rows_I.any())
 
 

@@ -249,6 +249,12 @@ def sanity(predictions: pa.Table, class_names: Sequence[str], *, seed: int) -> S
             confusion=None,
             num_unlabelled=len(rows),
         )
+    if all(row["correct"] is None for row in labelled):
+        return Sanity(
+            lines=("The model has one output and so no predicted class: nothing can be said about its accuracy.",),
+            confusion=None,
+            num_unlabelled=len(rows) - len(labelled),
+        )
     keys = [row["patient"] if row["patient"] is not None else f"image {i}" for i, row in enumerate(labelled)]
     _, clusters = np.unique(keys, return_inverse=True)
     right = np.array([float(row["correct"]) for row in labelled])
