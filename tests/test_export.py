@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from xaibatch.results.cube import score_cube
 from xaibatch.results.export import export, latex
 from xaibatch.results.frames import open_run
 from xaibatch.results.parts import RunFolder
+from xaibatch.results.report import write_report
 from xaibatch.results.study import make_study
 from xaibatch.results.summary import print_summary, summary_table
 
@@ -237,6 +239,17 @@ def test_nearly_equal_scores_are_marked_wherever_they_are_shown(tmp_path):
 
 
 # -- comparison of two runs
+
+
+def test_a_family_too_large_for_its_images_is_said_below_the_table_and_in_the_report(run_url, tmp_path):
+    # five explainers, three metrics scored for ten images: 30 comparisons, whose p-values are at least 2 / 2**10
+    make_run(tmp_path / "run", Design(num_images=10))
+    line = (
+        "too many comparisons for a verdict, however large the differences: all images (30 comparisons, 10 images; 11"
+    )
+    assert line in printed(open_run(tmp_path / "run"))
+    assert line[1:] in Path(write_report(tmp_path / "run")).read_text("utf-8")
+    assert "too many comparisons" not in printed(open_run(run_url))
 
 
 def test_a_known_change_is_found_and_nothing_else(run_url, tmp_path):

@@ -1,5 +1,6 @@
 """SQL, frames and compaction: right rows, nothing else reachable, broken files noticed, every row once after a kill."""
 
+import errno
 import logging
 import time
 from pathlib import Path
@@ -277,6 +278,75 @@ def test_a_kill_while_the_compact_part_is_written_leaves_the_parts(run, monkeypa
             compact(str(run))
     assert tables(run) == before
     assert len(list((run / "scores").rglob("*.parquet"))) == 12
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("tempfile.TemporaryDirectory", FULL),
+        ("SealedFile.write", FULL),
+        ("SealedFile.write", pa.ArrowInvalid("no room")),
+        ("SealedFile.__exit__", FULL),
+        ("_remove", PermissionError("not yours")),
+    ],
+)
+def test_a_full_disk_ends_a_compaction_in_one_line_and_leaves_every_row_once(run, monkeypatch, place, error):
+    before = tables(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"xaibatch.results.compact.{place}", failing(error))
+        with pytest.raises(RunFolderError, match=r"cannot merge the parts of 'scores'.* Every row is still there"):
+            compact(str(run))
+    assert tables(run) == before
+    assert not list((run / ".staging").iterdir())
+    assert {entry.table for entry in compact(str(run))} >= {"predictions", "maps"}
+    assert tables(run) == before
+
+
+class Counted:
+    """A table that counts how often its size is asked for."""
+
+    asked = 0
+
+    def __init__(self, table):
+        self.table = table
+
+    def select(self, names):
+        return Counted(self.table.select(names))
+
+    def cast(self, schema):
+        return Counted(self.table.cast(schema))
+
+    @property
+    def num_rows(self):
+        Counted.asked += 1
+        return self.table.num_rows
+
+    @property
+    def nbytes(self):
+        Counted.asked += 1
+        return self.table.nbytes
+
+
+def test_the_work_of_a_compaction_grows_with_the_number_of_parts_and_no_faster(run, monkeypatch):
+    filesystem, paths = compact_module.open_filesystem(RunFolder(str(run))), [str(run / "run.json")] * 120
+    rows, concatenate = open_run(run).scores.arrow().slice(0, 3), pa.concat_tables
+    with monkeypatch.context() as patch:
+        patch.setattr(compact_module.pq, "read_table", lambda *_, **__: Counted(rows))
+        patch.setattr(compact_module.pa, "concat_tables", lambda parts: concatenate([part.table for part in parts]))
+        patch.setattr(compact_module, "ROWS_PER_GROUP", 300)
+        groups = list(compact_module._groups(filesystem, "scores", paths))
+    assert [group.num_rows for group in groups] == [300, 60]
+    assert Counted.asked <= 2 * len(paths)
 
 
 def test_a_run_in_progress_is_not_compacted(run):

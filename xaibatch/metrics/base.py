@@ -162,6 +162,8 @@ class Metric(ABC):
     """Lowest and highest possible score. An instance's may be narrower than its class's where an option decides."""
     needs: frozenset[str] = frozenset()
     """Any of `image`, `mask`, `label`, `twin`. An instance may need more than its class where an option decides."""
+    across_images: ClassVar[bool] = False
+    """Compares the images of a shard with each other, so that their scores are not independent."""
 
     Options: ClassVar[type[Options]] = Options
 

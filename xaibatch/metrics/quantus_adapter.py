@@ -72,7 +72,7 @@ class QuantusMetric(Metric):
         if self.facts.across_images:
             _LOG.warning(
                 "%s compares the images of one shard with each other: its scores depend on engine.shard_size and on "
-                "the order of the images",
+                "the order of the images, and are reported without intervals, tests and ranks",
                 self.name,
             )
 
@@ -126,6 +126,7 @@ def quantus_metric(name: str) -> type[QuantusMetric]:
         "higher_is_better": facts.higher_is_better,
         "bounds": (float("-inf"), float("inf")),
         "needs": frozenset({"image", "mask"} if facts.needs_mask else {"image"}),
+        "across_images": facts.across_images,
         "facts": facts,
         "__doc__": f"Quantus's {name} as it is.",
     }

@@ -242,7 +242,8 @@ def describe_explainers(config: RunConfig, size: tuple[int, int], grid: tuple[in
 
 
 def describe_metrics(config: RunConfig, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Per label: method, options in full, title, paper, direction, bounds, family."""
+    """Per label: method, options in full, title, paper, direction, bounds, family; whether the metric compares images
+    with each other."""
     preprocessing = model["preprocessing"]
     shape_CHW = (preprocessing["channels"], *preprocessing["image_size"])
     return {
@@ -254,6 +255,7 @@ def describe_metrics(config: RunConfig, model: Mapping[str, Any]) -> dict[str, A
             "family": metric.family,
             "higher_is_better": metric.higher_is_better,
             "bounds": [None if abs(bound) == float("inf") else bound for bound in metric.bounds],
+            "across_images": metric.across_images,
             "num_forward_passes": metric.num_forward_passes(len(config.explainers), shape_CHW, model["patch_size"]),
         }
         for label, metric in build_metrics(config).items()

@@ -63,7 +63,7 @@ def write_scores(
         image_id: {
             "patient": explained.patients[row],
             "label": _name(job, int(explained.labels_B[row])),
-            "predicted": job.class_names[int(explained.logits_BK[row].argmax())],
+            "predicted": schema.predicted_class(explained.logits_BK[row], job.class_names),
         }
         for row, image_id in enumerate(explained.ids)
     }

@@ -101,8 +101,8 @@ def compact(url: str) -> CompactReport:
     """Merge the flat parts of every table into one compact part each; a second call finds nothing to merge.
 
     Row groups hold ROWS_PER_GROUP rows or BYTES_PER_GROUP bytes. Parts that a resumed run adds later are merged by the
-    next call into a further compact part. Raises RunFolderError for a folder that holds no run, and while a run or
-    another compaction holds it.
+    next call into a further compact part. Raises RunFolderError for a folder that holds no run, while a run or another
+    compaction holds it, and where a file cannot be read, written or removed (full disk): every row is still there once.
     """
     folder = RunFolder(url)
     if not folder.exists(RECORD):
@@ -110,11 +110,22 @@ def compact(url: str) -> CompactReport:
             f"{url!r} holds no run: there is no {RECORD} in it. Expected a folder that `xaibatch evaluate` wrote"
         )
     with RunLock(folder):
-        return CompactReport(done for table in TABLES if (done := _compact_table(folder, table)) is not None)
+        return CompactReport(done for table in TABLES if (done := _try_to_compact(folder, table)) is not None)
 
 
 def open_filesystem(folder: RunFolder) -> AbstractFileSystem:
     return fsspec.core.url_to_fs(folder.url)[0]
+
+
+def _try_to_compact(folder: RunFolder, table: str) -> Compacted | None:
+    try:
+        return _compact_table(folder, table)
+    except (OSError, pa.ArrowException) as error:
+        raise RunFolderError(
+            f"cannot merge the parts of {table!r} in {folder.url!r}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}. Every row is still there once. Mend the cause (a merge needs as much "
+            "free space as the table has) and run `xaibatch compact` again"
+        ) from error
 
 
 def _compact_table(folder: RunFolder, table: str) -> Compacted | None:
@@ -141,7 +152,7 @@ def _compact_table(folder: RunFolder, table: str) -> Compacted | None:
                 os.fsync(written.fileno())
             merged.replace(target)
         else:
-            filesystem.put_file(str(merged), target)
+            folder.retries.call(lambda: filesystem.put_file(str(merged), target), what=f"write {target!r}", local=False)
     _remove(filesystem, flat)
     return Compacted(table=table, num_parts=len(flat), num_rows=num_rows, num_bytes=num_bytes)
 
@@ -159,16 +170,15 @@ def _merge(
 def _groups(filesystem: AbstractFileSystem, table: str, paths: Sequence[str]) -> Iterator[pa.Table]:
     """Parts put together until a row group is full, in the order of their names."""
     waiting: list[pa.Table] = []
+    num_rows = num_bytes = 0
     for path in paths:
         with filesystem.open(path, "rb") as file:
             rows = pq.read_table(file, page_checksum_verification=True)
             waiting.append(rows.select(TABLES[table].names).cast(TABLES[table]))
-        if (
-            sum(rows.num_rows for rows in waiting) >= ROWS_PER_GROUP
-            or sum(rows.nbytes for rows in waiting) >= BYTES_PER_GROUP
-        ):
+        num_rows, num_bytes = num_rows + waiting[-1].num_rows, num_bytes + waiting[-1].nbytes
+        if num_rows >= ROWS_PER_GROUP or num_bytes >= BYTES_PER_GROUP:
             yield pa.concat_tables(waiting).unify_dictionaries().combine_chunks()
-            waiting = []
+            waiting, num_rows, num_bytes = [], 0, 0
     if waiting:
         yield pa.concat_tables(waiting).unify_dictionaries().combine_chunks()
 

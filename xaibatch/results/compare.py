@@ -5,7 +5,7 @@ labels, images by their ids; what only one run has is counted and left out.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,18 @@ from rich.table import Table
 from rich.text import Text
 
 from xaibatch.errors import RunFolderError
-from xaibatch.results.cube import ScoreCube, metric_info, score_cube
+from xaibatch.results.cube import ScoreCube, metric_info, not_independent, score_cube
 from xaibatch.results.frames import Run, open_run
 from xaibatch.results.report_tables import WORDS, more_text, number, p_text
 from xaibatch.results.statistics_paired import Comparison
 from xaibatch.results.statistics_paired import compare as compare_columns
+from xaibatch.results.study import too_many_tests
 
 _COMPARED = ("config", "model", "data", "explainers", "metrics", "precision", "versions", "code")
 _PLACES = frozenset({"config.output", "data.root"})
 """Entries that only say where something lies."""
 
-_NOT_SETTINGS = frozenset({"forward_passes_per_second"})
+_NOT_SETTINGS = frozenset({"forward_passes_per_second", "across_images"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,10 @@ class RunComparison:
     """`scores`: (explainer, metric) -> second run minus first, verdict of the second run, one family for Holm.
 
     settings: dotted key of `run.json` -> values in the first and the second run.
-    num_shared, num_only_first, num_only_second: images with scores.
-    num_changed: shared images whose predicted class differs; `accuracy` of both runs on the shared labelled images, or
-    None. unmatched: labels of explainers and metrics that only one of the runs has.
+    num_shared, num_only_first, num_only_second: images with scores. num_patients: as in the first run's cube.
+    num_changed: shared images whose predicted class differs; `accuracy` of both runs on the shared labelled images,
+    None without these and for models of one output, which predict no class. unmatched: labels of explainers and metrics
+    that only one of the runs has.
     """
 
     first: str
@@ -45,6 +47,7 @@ class RunComparison:
     num_shared: int
     num_only_first: int
     num_only_second: int
+    num_patients: int
     num_changed: int
     accuracy: tuple[float, float] | None
     unmatched: tuple[str, ...]
@@ -81,10 +84,11 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         [m.sign for m in judged],
         seed=int(runs[0].config.get("seed", 0)),
         bounds_K=[m.bounds for m in judged],
+        dependent_K=[any(metric_info(m.label, run.record).across_images for run in runs) for m in judged],
     )
     predicted = [cube.predicted_I[row] for cube, row in zip(cubes, rows, strict=True)]
     labels = first.labels_I[rows[0]]
-    known = np.array([label is not None for label in labels], bool)
+    known = np.array([None not in names for names in zip(labels, *predicted, strict=True)], bool)
     return RunComparison(
         first=runs[0].name,
         second=runs[1].name,
@@ -93,6 +97,7 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         num_shared=len(images),
         num_only_first=first.num_images - len(images),
         num_only_second=second.num_images - len(images),
+        num_patients=first.num_patients,
         num_changed=int((predicted[0] != predicted[1]).sum()),
         accuracy=(float((predicted[0] == labels)[known].mean()), float((predicted[1] == labels)[known].mean()))
         if known.any()
@@ -119,7 +124,14 @@ def print_comparison(first_url: str, second_url: str, console: Console | None = 
     console.print(_settings_table(found) if found.settings else Text("no setting differs"))
     for line in _image_lines(found):
         console.print(line, highlight=False, markup=False)
-    console.print(_score_table(found, open_run(first_url).record))
+    record = open_run(first_url).record
+    console.print(_score_table(found, record))
+    if text := too_many_tests({"shared images": found.scores}, found.num_patients):
+        console.print(text, style="dim", highlight=False, markup=False)
+    dependent = dict.fromkeys(metric for (_, metric), c in found.scores.items() if c.verdict == "dependent")
+    if dependent:
+        infos = [replace(metric_info(metric, record), across_images=True) for metric in dependent]
+        console.print(not_independent(infos), style="dim", highlight=False, markup=False)
     console.print(
         "paired over the same images; p-values by sign flips of patients, corrected by Holm over all rows",
         style="dim",

@@ -5,7 +5,7 @@ Shape letters: E explainers, M metrics, I images, R repeats.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,13 +24,15 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class MetricInfo:
-    """What `run.json` says of a metric: title for people, direction (None: neither is better), bounds, family."""
+    """What `run.json` says of a metric: title for people, direction (None: neither is better), bounds, family, and
+    whether it compares the images of a shard with each other."""
 
     label: str
     title: str
     higher_is_better: bool | None
     bounds: tuple[float, float]
     family: str
+    across_images: bool = False
 
     @property
     def arrow(self) -> str:
@@ -97,16 +99,17 @@ class ScoreCube:
         return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
     def groups(self) -> tuple[Group, ...]:
-        """All images, then by true class, by predicted class and by outcome; groups of no image are left out."""
+        """All images, then by true class, by predicted class and, where both are known, by outcome; groups of no image
+        are left out."""
         everything = Group(kind="all", name="all", rows_I=np.ones(self.num_images, bool))
         groups = [everything]
         for kind, names_I in (("label", self.labels_I), ("predicted", self.predicted_I)):
             names = sorted({name for name in names_I if name is not None})
             groups += [Group(kind=kind, name=name, rows_I=names_I == name) for name in names]
-        labelled = np.array([name is not None for name in self.labels_I], bool)
-        correct = labelled & (self.labels_I == self.predicted_I)
+        judged = np.array([None not in names for names in zip(self.labels_I, self.predicted_I, strict=True)], bool)
+        correct = judged & (self.labels_I == self.predicted_I)
         groups.append(Group(kind="outcome", name="correct", rows_I=correct))
-        groups.append(Group(kind="outcome", name="wrong", rows_I=labelled & ~correct))
+        groups.append(Group(kind="outcome", name="wrong", rows_I=judged & ~correct))
         return tuple(group for group in groups if group.rows_I.any())
 
 
@@ -163,6 +166,18 @@ def metric_info(label: str, record: Record) -> MetricInfo:
         higher_is_better=entry.get("higher_is_better"),
         bounds=(low, high),
         family=entry.get("family", ""),
+        across_images=bool(entry.get("across_images", False)),
+    )
+
+
+def not_independent(metrics: Iterable[MetricInfo]) -> str:
+    """Why some of the metrics are shown by their means alone; empty where all score every image by itself."""
+    titles = [metric.title for metric in metrics if metric.across_images]
+    if not titles:
+        return ""
+    return (
+        f"{', '.join(titles)}: an image's score depends on the other images of its shard, so they are not independent: "
+        "no interval, no test, no rank, no mark against the random map"
     )
 
 

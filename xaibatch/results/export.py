@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from xaibatch.data.storage import is_remote
 from xaibatch.errors import UsageError
 from xaibatch.results import figures
-from xaibatch.results.cube import Group
+from xaibatch.results.cube import Group, not_independent
 from xaibatch.results.figures_images import picture_figure
 from xaibatch.results.frames import open_run
 from xaibatch.results.report_gallery import ReportOptions, make_gallery
@@ -68,7 +68,8 @@ def export(url: str, output: str | Path, *, dots_per_inch: int = 300) -> list[Pa
 
 
 def summary_rows(made: Study) -> Iterator[dict[str, Any]]:
-    """One row a group, explainer and metric; `mark` as in the printed table."""
+    """One row a group, explainer and metric; `mark` as in the printed table; not `independent` where the metric
+    compares images with each other and so has no interval."""
     for group in made.groups:
         for (explainer, metric), s in made.summaries[group.title].items():
             yield {
@@ -86,6 +87,7 @@ def summary_rows(made: Study) -> Iterator[dict[str, Any]]:
                 "num_scored": s.num_scored,
                 "num_not_scored": s.num_not_scored,
                 "num_patients": s.num_clusters,
+                "independent": s.independent,
                 "mark": made.marks[group.title].get((explainer, metric), ""),
             }
 
@@ -136,6 +138,7 @@ def latex_scores(made: Study, *, medians: bool = False) -> str:
     lines = [
         f"% mean [95% interval], {counted(cube)}" + (", rendered images" if made.synthetic else ""),
         *([f"% $^\\circ$ {ALIKE}"] if _any_alike(made, groups) else []),
+        *([f"% {dependent}"] if (dependent := not_independent(cube.metrics)) else []),
         f"\\begin{{tabular}}{{l{'r' * len(cube.metrics)}}}",
         "\\toprule",
         f"{head} \\\\",
@@ -165,9 +168,8 @@ def latex_pairs(made: Study) -> str:
         )
         p = "--" if c.p_holm is None else "$<$0.001" if c.p_holm < 0.001 else f"{c.p_holm:.3f}"
         names = [latex(text) for text in (titles[metric], made.titles[first], made.titles[second])]
-        lines.append(
-            " & ".join([*names, latex(difference.replace("-", "−")), f"{c.effect_size:.2f}", p, c.verdict]) + " \\\\"
-        )
+        effect = f"{c.effect_size:.2f}" if c.effect_size == c.effect_size else "--"
+        lines.append(" & ".join([*names, latex(difference.replace("-", "−")), effect, p, c.verdict]) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 

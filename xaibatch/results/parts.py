@@ -226,7 +226,8 @@ class RunFolder:
     def sweep(self) -> int:
         """Remove temporary files that a killed writer left; returns how many. Call only while holding the run's lock.
 
-        Folders in there belong to a compaction, which needs no lock: only forgotten ones are removed.
+        Folders in there belong to a compaction, which another holder of the lock may have thought dead: only forgotten
+        ones are removed.
         """
         return sweep(self._staging) if self._local else 0
 

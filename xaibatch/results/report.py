@@ -23,7 +23,7 @@ from xaibatch.results.report_facts import facts, failure_lines, notices
 from xaibatch.results.report_figure import tile_grid
 from xaibatch.results.report_findings import findings
 from xaibatch.results.report_gallery import Gallery, ReportOptions, make_gallery
-from xaibatch.results.study import Study, make_study
+from xaibatch.results.study import Study, make_study, too_many_tests
 from xaibatch.results.summary import ALIKE, counted
 
 REPORT = "report.html"
@@ -91,7 +91,7 @@ def _text_context(run: Run, made: Study, image_notes: tuple[str, ...]) -> dict[s
         "heading": f"Explanations of {model}",
         "lead": f"Run {run.name}: {counted(cube).split(',')[0]}, {len(cube.explainers)} explainers, "
         f"{len(cube.metrics)} metrics",
-        "notices": [*notices(run, cube), *image_notes],
+        "notices": [*notices(run, cube), *_tests_notice(made), *image_notes],
         "findings": findings(
             cube,
             made.summaries[everything],
@@ -168,6 +168,11 @@ _METRIC_FACTS = (
     ("title", "metric"), ("family", "family"), ("paper", "paper"), ("higher_is_better", "higher is better"),
     ("bounds", "bounds"), ("options", "options"),
 )  # fmt: skip
+
+
+def _tests_notice(made: Study) -> list[str]:
+    text = too_many_tests(made.pairs, made.cube.num_patients)
+    return [f"{text[0].upper()}{text[1:]}."] if text else []
 
 
 def _scored_note(cube: ScoreCube) -> str:

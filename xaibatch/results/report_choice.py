@@ -112,8 +112,9 @@ def map_agreement(grids: Sequence[NDArray[np.float64]]) -> float:
 
 
 def leading_metric(cube: ScoreCube) -> MetricInfo | None:
-    """The first metric of the faithfulness family with a direction, else the first with a direction."""
-    directed = [metric for metric in cube.metrics if metric.sign]
+    """The first metric of the faithfulness family with a direction, else the first with a direction; none that
+    compares images with each other."""
+    directed = [metric for metric in cube.metrics if metric.sign and not metric.across_images]
     return next((metric for metric in directed if metric.family == "faithfulness"), directed[0] if directed else None)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from xaibatch.results.cube import ScoreCube, floor_explainer, is_synthetic
+from xaibatch.results.cube import ScoreCube, floor_explainer, is_synthetic, not_independent
 from xaibatch.results.frames import Run
 
 MAX_FAILURES_LISTED = 50
@@ -31,6 +31,8 @@ def notices(run: Run, cube: ScoreCube) -> Iterator[str]:
             "Patients are unknown: images are resampled as if each were another patient. If they are not, the "
             "intervals are too narrow."
         )
+    if dependent := not_independent(cube.metrics):
+        yield f"{dependent}."
     if floor_explainer(cube.explainers, record) is None:
         yield "The run has no random map, so there is no floor that scores could be compared with."
     if mixed := _mixed_versions(record):

@@ -145,13 +145,15 @@ def thumbnail(grey_HW: NDArray[np.floating], side: int) -> NDArray[np.uint8]:
 
 
 def head_lines(image_id: str, remark: str, material: Material) -> tuple[str, ...]:
-    """What stands above an image's column: remark, true class, predicted class with its probability, name."""
+    """What stands above an image's column: remark, true class, predicted class (a model of one output has none),
+    probability, name."""
     cube = material.cube
     row = cube.image_ids.index(image_id)
     label, predicted = cube.labels_I[row], cube.predicted_I[row]
     p = material.probabilities.get(image_id)
     outcome = "" if label is None else " ✓" if label == predicted else " ✗"
-    lines = [str(label) if label is not None else "no label", f"predicted {predicted}{outcome}"]
+    lines = [str(label) if label is not None else "no label"]
+    lines += [f"predicted {predicted}{outcome}"] if predicted is not None else []
     lines += [f"p = {p:.2f}"] if p is not None else []
     lines.append(_short(image_id))
     return tuple([remark, *lines] if remark else lines)

@@ -51,6 +51,8 @@ def _leader(
     text += f"{'has' if len(level) == 1 else 'share'} the best mean, {number(summary.mean, digits)}"
     if summary.interval:
         text += f" [{number(summary.interval.low, digits)}, {number(summary.interval.high, digits)}]"
+    if metric.across_images:
+        return f"{text}; not tested, as the images are compared with each other."
     better, open_, few = [], [], []
     for other in order[len(level) :]:
         comparison, turned = _between(pairs, best, other, metric.label)

@@ -92,10 +92,10 @@ def chosen_images(image_ids: Sequence[str], first: Sequence[str], limit: int, se
 
 
 def probabilities_of(rows: Sequence[Mapping[str, object]], class_names: Sequence[str]) -> dict[str, float]:
-    """Probability of the predicted class by image id, from rows of `predictions`."""
+    """Probability of the predicted class, or of a model's only one, by image id, from rows of `predictions`."""
     found = {}
     for row in rows:
-        values, name = row["probabilities"], row["predicted"]
+        values, name = row["probabilities"], class_names[0] if len(class_names) == 1 else row["predicted"]
         if isinstance(values, list) and name in class_names:
             found[str(row["image_id"])] = float(values[list(class_names).index(str(name))])
     return found

@@ -23,6 +23,7 @@ WORDS = {
     "lower": "▼ lower",
     "undecided": "undecided",
     "too few": "too few images",
+    "dependent": "not tested",
 }
 
 
@@ -99,11 +100,14 @@ def _score_cell(summary: Summary, mark: str, digits: int) -> Cell:
     hint = (
         f"standard deviation {number(summary.sd, digits)}, {summary.num_scored} images scored, "
         f"{summary.num_not_scored} not; "
-        + (METHODS[summary.interval.method] if summary.interval else "alike" if summary.alike else "too few")
-        + ("" if summary.interval else ": no interval")
+        + (METHODS[summary.interval.method] if summary.interval else f"{_without_interval(summary)}: no interval")
     )
     median = f"median {number(summary.median, digits)}"
     return Cell(text=text, key=summary.mean, look="floor" if mark else "", hint=hint, below=median)
+
+
+def _without_interval(summary: Summary) -> str:
+    return "alike" if summary.alike else "too few" if summary.independent else "images compared with each other"
 
 
 def missing_table(cube: ScoreCube, titles: Mapping[str, str]) -> TextTable:
@@ -136,7 +140,7 @@ def pair_table(
                 Cell(text=titles[second], key=titles[second]),
                 Cell(text=_difference(c, digits), key=c.mean_difference if c.num_images else None),
                 Cell(text=number(c.effect_size, 2), key=_finite(c.effect_size)),
-                Cell(text=f"{100 * c.wins:.0f}%" if c.num_images else "–", key=_finite(c.wins)),
+                Cell(text=f"{100 * c.wins:.0f}%" if np.isfinite(c.wins) else "–", key=_finite(c.wins)),
                 Cell(text=p_text(c.p_holm), key=c.p_holm),
                 Cell(text=WORDS[c.verdict], key=c.verdict, look=look(c.verdict)),
                 Cell(text=more_text(c), key=c.more_images),
@@ -172,7 +176,7 @@ def matrix(
     return TextTable(title=title, header=("row against column", *(titles[e] for e in explainers)), rows=tuple(rows))
 
 
-_SIGNS = {"better": "▲", "worse": "▼", "higher": "▲", "lower": "▼", "undecided": "·", "too few": "?"}
+_SIGNS = {"better": "▲", "worse": "▼", "higher": "▲", "lower": "▼", "undecided": "·", "too few": "?", "dependent": ""}
 
 
 def _matrix_cell(c: Comparison, turned: bool) -> Cell:
@@ -184,7 +188,8 @@ def _matrix_cell(c: Comparison, turned: bool) -> Cell:
     hint = f"{WORDS[verdict]}; effect size {effect}; p (Holm) {p_text(c.p_holm)}"
     if c.more_images:
         hint += f"; {more_text(c)} would settle it"
-    return Cell(text=f"{_SIGNS[verdict]} {sign}{number(difference, digits)}", look=look(verdict), hint=hint)
+    text = f"{_SIGNS[verdict]} {sign}{number(difference, digits)}".strip()
+    return Cell(text=text, look=look(verdict), hint=hint)
 
 
 def noise_table(shares: Mapping[tuple[str, str], NoiseShare], cube: ScoreCube, titles: Mapping[str, str]) -> TextTable:
@@ -243,6 +248,12 @@ def sanity(predictions: pa.Table, class_names: Sequence[str], *, seed: int) -> S
             lines=("The images have no labels: nothing can be said about the model's accuracy.",),
             confusion=None,
             num_unlabelled=len(rows),
+        )
+    if all(row["correct"] is None for row in labelled):
+        return Sanity(
+            lines=("The model has one output and so no predicted class: nothing can be said about its accuracy.",),
+            confusion=None,
+            num_unlabelled=len(rows) - len(labelled),
         )
     keys = [row["patient"] if row["patient"] is not None else f"image {i}" for i, row in enumerate(labelled)]
     _, clusters = np.unique(keys, return_inverse=True)

@@ -42,7 +42,8 @@ PREDICTIONS = pa.schema(
     ]
 )
 """One row an image: the model's output on the image itself, classes in the order of `run.json`; `path` below the data's
-root that `run.json` names (whole where it lies outside)."""
+root that `run.json` names (whole where it lies outside). Probabilities are the logits' softmax, of a single logit the
+sigmoid; a model of one output predicts no class without a threshold, so `predicted` and `correct` are null."""
 
 MAPS = pa.schema(
     [
@@ -116,24 +117,35 @@ def predictions_table(
     paths: Mapping[str, str],
 ) -> pa.Table:
     """Rows of `predictions` from float64 logits (B,K) and class indices (B,), -1 where the label is unknown."""
-    shifted = np.exp(logits_BK - logits_BK.max(1, keepdims=True)) if len(ids) else logits_BK
     rows = []
     for b, image_id in enumerate(ids):
-        label, predicted = int(labels_B[b]), int(logits_BK[b].argmax())
+        label, predicted = int(labels_B[b]), predicted_class(logits_BK[b], class_names)
         rows.append(
             {
                 "run": run,
                 "image_id": image_id,
                 "patient": patients[b],
                 "label": class_names[label] if label >= 0 else None,
-                "predicted": class_names[predicted],
-                "correct": label == predicted if label >= 0 else None,
-                "probabilities": (shifted[b] / shifted[b].sum()).tolist(),
+                "predicted": predicted,
+                "correct": class_names[label] == predicted if label >= 0 and predicted is not None else None,
+                "probabilities": _probabilities(logits_BK[b]).tolist(),
                 "logits": logits_BK[b].tolist(),
                 "path": paths[image_id],
             }
         )
     return _table(rows, PREDICTIONS)
+
+
+def predicted_class(logits_K: np.ndarray, class_names: Sequence[str]) -> str | None:
+    """The class of the highest logit; None for a model of one output."""
+    return class_names[int(logits_K.argmax())] if len(class_names) > 1 else None
+
+
+def _probabilities(logits_K: np.ndarray) -> np.ndarray:
+    if len(logits_K) == 1:
+        return np.exp(-np.logaddexp(0, -logits_K))
+    shifted = np.exp(logits_K - logits_K.max())
+    return shifted / shifted.sum()
 
 
 def map_row(grid: np.ndarray) -> dict[str, Any]:

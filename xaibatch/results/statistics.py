@@ -65,8 +65,8 @@ class Interval:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
     """One column of scores. `mean`, `median` and `sd` are NaN where nothing is scored; `interval` is None below
-    MIN_CLUSTERS patients, and where nearly all scores of a metric without limits are equal. `standard_error` allows
-    for patients with several images."""
+    MIN_CLUSTERS patients, where nearly all scores of a metric without limits are equal, and where images are not
+    `independent`. `standard_error` allows for patients with several images; NaN where images are not independent."""
 
     mean: float
     median: float
@@ -76,12 +76,14 @@ class Summary:
     num_scored: int
     num_not_scored: int
     num_clusters: int
+    independent: bool = True
+    """False for a metric that compares images with each other."""
 
     @property
     def alike(self) -> bool:
         """Nearly all scores are equal: the interval rests on the metric's range, or there is none."""
         if self.interval is None:
-            return self.num_clusters >= MIN_CLUSTERS
+            return self.independent and self.num_clusters >= MIN_CLUSTERS
         return self.interval.method == "bounded"
 
 
@@ -92,13 +94,14 @@ def summarise(
     seed: int,
     bounds_K: Sequence[tuple[float, float]] | None = None,
     hits_K: Sequence[bool] | None = None,
+    dependent_K: Sequence[bool] | None = None,
     confidence: float = 0.95,
     num_resamples: int = NUM_RESAMPLES,
 ) -> tuple[Summary, ...]:
     """Mean, median, spread and interval of each column; NaN entries are counted as not scored and left out.
 
-    bounds_K, hits_K: see `mean_intervals`. The same seed and number of patients give the same resamples for every
-    column, so that columns of one table are comparable.
+    bounds_K, hits_K, dependent_K: see `mean_intervals`. The same seed and number of patients give the same resamples
+    for every column, so that columns of one table are comparable.
 
     >>> import numpy as np
     >>> summarise(np.arange(40.0)[:, None], np.arange(40), seed=0)[0].mean
@@ -110,6 +113,7 @@ def summarise(
         seed=seed,
         bounds_K=bounds_K,
         hits_K=hits_K,
+        dependent_K=dependent_K,
         confidence=confidence,
         num_resamples=num_resamples,
     )
@@ -128,6 +132,7 @@ def summarise(
                 num_scored=int(scored.size),
                 num_not_scored=int(values_IK.shape[0] - scored.size),
                 num_clusters=int(num_clusters[k]),
+                independent=not (dependent_K and dependent_K[k]),
             )
         )
     return tuple(summaries)
@@ -140,16 +145,20 @@ def mean_intervals(
     seed: int,
     bounds_K: Sequence[tuple[float, float]] | None = None,
     hits_K: Sequence[bool] | None = None,
+    dependent_K: Sequence[bool] | None = None,
     confidence: float = 0.95,
     num_resamples: int = NUM_RESAMPLES,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], list[float], list[float], list[Method | None], NDArray[np.int64]]:
     """Return means, standard errors, lower and upper ends, method (None: no interval) and number of patients per
     column.
 
-    bounds_K: the range of each column's scores (infinite where there is none), to which intervals are clipped.
+    bounds_K: the range of each column's scores (infinite where there is none), to which intervals are clipped; scores
+    outside it widen it, so that an interval always holds its mean.
     Hits and misses (all 0 or 1; `hits_K` says of which columns that is the scale, None: of all) get the Wilson interval
     with the number of images deflated by the design effect, and Student's quantile where patients have several images.
     Other columns of nearly equal scores get their `bounded_interval`, or none where the range is infinite.
+    dependent_K: columns whose scores depend on the company of other images (None: no column's). How much is unknown,
+    and so is their standard error; they get no interval.
     """
     counts_CK, sums_CK = cluster_sums(values_IK, clusters_I)
     num_columns = values_IK.shape[1]
@@ -172,20 +181,26 @@ def mean_intervals(
         low, high, how = _studentised_or_edgeworth(residuals_Ck, n_Ck, errors[columns], tail, seed, num_resamples)
         own_Ck = s_Ck / n_Ck
         for j, k in enumerate(columns):
+            if dependent_K and dependent_K[k]:
+                continue
             scored = values_IK[np.isfinite(values_IK[:, k]), k]
             least, most = bounds_K[k] if bounds_K else (-np.inf, np.inf)
+            least, most = min(least, float(scored.min())), max(most, float(scored.max()))
             if (hits_K is None or hits_K[k]) and np.isin(scored, (0.0, 1.0)).all():
                 z = float(ndtri(1 - tail) if num == scored.size else stdtrit(num - 1, 1 - tail))
                 lows[k], highs[k] = wilson(float(means[k]), _effective_number(scored, float(errors[k]), num), z)
                 methods[k] = "wilson"
             elif not np.isfinite(low[j] + high[j]) or nearly_equal(own_Ck[:, j], tail):
                 if np.isfinite(least) and np.isfinite(most):
-                    bounds = (min(least, float(scored.min())), max(most, float(scored.max())))
-                    lows[k], highs[k] = bounded_interval(own_Ck[:, j], n_Ck[:, j], bounds, tail, seed)
+                    lows[k], highs[k] = bounded_interval(own_Ck[:, j], n_Ck[:, j], (least, most), tail, seed)
                     methods[k] = "bounded"
             else:
                 lows[k], highs[k] = max(least, float(means[k] + low[j])), min(most, float(means[k] + high[j]))
                 methods[k] = how[j]
+            if methods[k]:  # where all scores are equal, the mean's rounding must not push it past an end
+                lows[k], highs[k] = min(lows[k], float(means[k])), max(highs[k], float(means[k]))
+    if dependent_K:
+        errors[np.array(dependent_K, bool)] = np.nan
     return means, errors, lows, highs, methods, num_clusters
 
 

@@ -10,7 +10,7 @@ Statistics & Probability Letters 36).
 Shape letters: I images, K comparisons, C patients, B sign patterns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -29,7 +29,7 @@ MAX_PERMUTED_CLUSTERS: Final = 2000
 ALPHA: Final = 0.05
 POWER: Final = 0.8
 
-Verdict = Literal["better", "worse", "higher", "lower", "undecided", "too few"]
+Verdict = Literal["better", "worse", "higher", "lower", "undecided", "too few", "dependent"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +38,16 @@ class Comparison:
 
     effect_size:  mean difference over the standard deviation of the differences (Cohen's d_z).
     wins:         share of images on which the first is the better one (higher, where a metric has no direction),
-                  ties half.
+                  ties half. Like `effect_size` and `detectable` NaN where images are not independent.
     p_value:      two-sided; None for too few patients. `p_holm`: after Holm's correction over `num_tests` tests.
-    verdict:      in the metric's own direction, of the first explainer; `higher`/`lower` where neither is better.
+    verdict:      in the metric's own direction, of the first explainer; `higher`/`lower` where neither is better;
+                  `dependent` where nothing was tested, as a metric compares images with each other.
     more_images:  how many more images (of as many per patient) would settle an undecided comparison with 80%
-                  probability at the corrected level, if the difference is as observed; None where it is settled or
-                  no difference was seen.
-    interval:     None for too few patients, and where nearly all differences are equal under a metric without limits.
+                  probability at the corrected level, if the difference is as observed, and at least as many as the
+                  test needs to reach that level at all (`fewest_patients`); None where it is settled or no difference
+                  was seen.
+    interval:     None for too few patients or dependent images, and where nearly all differences are equal under a
+                  metric without limits.
     detectable:   the smallest difference that this number of images would have found with 80% probability.
     """
 
@@ -65,7 +68,7 @@ class Comparison:
     def alike(self) -> bool:
         """Nearly all differences are equal: the interval rests on the metric's range, or there is none."""
         if self.interval is None:
-            return self.num_clusters >= MIN_CLUSTERS
+            return self.verdict != "dependent" and self.num_clusters >= MIN_CLUSTERS
         return self.interval.method == "bounded"
 
 
@@ -76,6 +79,7 @@ def compare(
     *,
     seed: int,
     bounds_K: Sequence[tuple[float, float]] | None = None,
+    dependent_K: Sequence[bool] | None = None,
     alpha: float = ALPHA,
     power: float = POWER,
     num_resamples: int = NUM_RESAMPLES,
@@ -84,7 +88,8 @@ def compare(
     for Holm.
 
     signs_K: +1 where higher is better, -1 where lower is, 0 where neither. bounds_K: the range of the metric's scores
-    (None: without limits); a difference lies within plus and minus its width.
+    (None: without limits); a difference lies within plus and minus its width. dependent_K: comparisons whose images are
+    not independent (None: no comparison's): they are not tested and do not count in the family.
     """
     means, errors, lows, highs, methods, num_clusters = mean_intervals(
         differences_IK,
@@ -92,10 +97,12 @@ def compare(
         seed=seed,
         bounds_K=[(low - high, high - low) for low, high in bounds_K] if bounds_K else None,
         hits_K=[False] * differences_IK.shape[1],
+        dependent_K=dependent_K,
         confidence=1 - alpha,
         num_resamples=num_resamples,
     )
-    testable = num_clusters >= MIN_CLUSTERS
+    dependent = np.array(dependent_K or [False] * len(means), bool)
+    testable = (num_clusters >= MIN_CLUSTERS) & ~dependent
     p_values = np.full(len(means), np.nan)
     num_tests = int(testable.sum())
     if num_tests:
@@ -106,17 +113,20 @@ def compare(
         column = differences_IK[np.isfinite(differences_IK[:, k]), k]
         method = methods[k]
         interval = Interval(low=lows[k], high=highs[k], method=method) if method else None
-        verdict = _verdict(float(means[k]), interval, float(corrected[k]), sign, alpha) if testable[k] else "too few"
+        untested: Verdict = "dependent" if dependent[k] else "too few"
+        verdict = _verdict(float(means[k]), interval, float(corrected[k]), sign, alpha) if testable[k] else untested
         comparisons.append(
             Comparison(
                 mean_difference=float(means[k]),
                 interval=interval,
-                effect_size=_effect_size(column),
-                wins=float((column * (sign or 1) > 0).mean() + 0.5 * (column == 0).mean()) if column.size else np.nan,
+                effect_size=np.nan if dependent[k] else _effect_size(column),
+                wins=np.nan if dependent[k] else _wins(column, sign),
                 p_value=float(p_values[k]) if testable[k] else None,
                 p_holm=float(corrected[k]) if testable[k] else None,
                 verdict=verdict,
-                more_images=_more_images(float(means[k]), float(errors[k]), column.size, num_tests, alpha, power)
+                more_images=_more_images(
+                    float(means[k]), float(errors[k]), column.size, int(num_clusters[k]), num_tests, alpha, power
+                )
                 if verdict == "undecided"
                 else None,
                 detectable=_detectable(float(errors[k]), num_tests, alpha, power),
@@ -136,7 +146,8 @@ def sign_flip_p_values(
 
     Exact (all 2^C patterns) where these are at most NUM_SIGN_PATTERNS; else that many random patterns, or as many
     more as a Holm correction over K columns needs to reach `alpha`, with the observed pattern counted in (Phipson &
-    Smyth 2010), so that no p-value is zero; else, above MAX_PERMUTED_CLUSTERS patients, the normal limit.
+    Smyth 2010), so that no p-value is zero or below the smallest of all patterns, 2 / 2^C; else, above
+    MAX_PERMUTED_CLUSTERS patients, the normal limit.
     """
     sums_CK = cluster_sums(differences_IK, clusters_I)[1]
     num = len(sums_CK)
@@ -158,7 +169,29 @@ def sign_flip_p_values(
         size = (min(1000, num_patterns - start), num)
         flips_BC = 1.0 - 2.0 * generator.integers(0, 2, size=size, dtype=np.int8)
         at_least_K += (np.abs(flips_BC @ sums_CK) >= observed_K - slack_K).sum(0)
-    return at_least_K / (num_patterns + 1)
+    smallest_K = np.exp2(1.0 - (sums_CK != 0).sum(0))  # the observed pattern and its mirror image
+    return np.maximum(at_least_K / (num_patterns + 1), np.minimum(smallest_K, 1.0))
+
+
+def fewest_patients(num_tests: int, alpha: float = ALPHA) -> int:
+    """Patients from which on a difference can be found at all: the smallest p-value of sign flips, 2 / 2^C where every
+    patient's difference has the same sign, is then below alpha / num_tests (Bonferroni; for the smallest p-value of a
+    family Holm asks the same).
+
+    >>> fewest_patients(1), fewest_patients(12), fewest_patients(13)  # 2 / 2**9 * 13 = 0.051
+    (6, 9, 10)
+    """
+    num = 1
+    while num_tests * 2.0 ** (1 - num) >= alpha:
+        num += 1
+    return num
+
+
+def is_out_of_reach(family: Iterable[Comparison], alpha: float = ALPHA) -> bool:
+    """Whether comparisons of one family are so many for their patients that none can get a verdict, however large its
+    difference: the smallest possible p-value fails Holm's first step, and with it all others fail."""
+    tested = [c for c in family if c.p_value is not None]
+    return bool(tested) and max(c.num_clusters for c in tested) < fewest_patients(tested[0].num_tests, alpha)
 
 
 def holm(p_values_K: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -213,12 +246,20 @@ def _effect_size(column: NDArray[np.float64]) -> float:
     )
 
 
-def _more_images(mean: float, error: float, num_images: int, num_tests: int, alpha: float, power: float) -> int | None:
+def _wins(column: NDArray[np.float64], sign: int) -> float:
+    return float((column * (sign or 1) > 0).mean() + 0.5 * (column == 0).mean()) if column.size else np.nan
+
+
+def _more_images(
+    mean: float, error: float, num_images: int, num_clusters: int, num_tests: int, alpha: float, power: float
+) -> int | None:
     """The design effect of several images per patient is already in the standard error."""
     if mean == 0 or not error > 0:
         return None
     effect = abs(mean) / (error * np.sqrt(num_images))
-    return max(1, int(np.ceil(images_needed(effect, num_tests, alpha, power) - num_images)))
+    for_power = images_needed(effect, num_tests, alpha, power) - num_images
+    for_the_test = (fewest_patients(num_tests, alpha) - num_clusters) * num_images / num_clusters
+    return max(1, int(np.ceil(max(for_power, for_the_test))))
 
 
 def _detectable(error: float, num_tests: int, alpha: float, power: float) -> float:

@@ -16,7 +16,7 @@ from xaibatch.results.cube import Group, ScoreCube, floor_explainer, is_syntheti
 from xaibatch.results.frames import Run
 from xaibatch.results.ranks import Agreement, Ranking, agreement, rank
 from xaibatch.results.statistics import Summary, summarise
-from xaibatch.results.statistics_paired import Comparison, compare
+from xaibatch.results.statistics_paired import Comparison, compare, fewest_patients, is_out_of_reach
 from xaibatch.results.statistics_repeats import NoiseShare, noise_share
 
 FLOOR_MARKS: Mapping[str, str] = {"undecided": "†", "worse": "‡", "too few": "?"}
@@ -96,7 +96,10 @@ def summaries(cube: ScoreCube, group: Group, *, seed: int) -> dict[tuple[str, st
     values_IK = _columns(cube.image_means(), group)
     bounds = [metric.bounds for _ in cube.explainers for metric in cube.metrics]
     hits = [hit for _ in cube.explainers for hit in _hits(cube)]
-    found = summarise(values_IK, cube.clusters_I[group.rows_I], seed=seed, bounds_K=bounds, hits_K=hits)
+    dependent = [metric.across_images for _ in cube.explainers for metric in cube.metrics]
+    found = summarise(
+        values_IK, cube.clusters_I[group.rows_I], seed=seed, bounds_K=bounds, hits_K=hits, dependent_K=dependent
+    )
     keys = [(explainer, metric.label) for explainer in cube.explainers for metric in cube.metrics]
     return dict(zip(keys, found, strict=True))
 
@@ -115,13 +118,22 @@ def pairwise(
     differences_IK = _columns(means_EMI[first] - means_EMI[second], group)
     signs = [metric.sign for _ in pairs for metric in cube.metrics]
     bounds = [metric.bounds for _ in pairs for metric in cube.metrics]
-    found = compare(differences_IK, cube.clusters_I[group.rows_I], signs, seed=seed, bounds_K=bounds, alpha=alpha)
+    dependent = [metric.across_images for _ in pairs for metric in cube.metrics]
+    found = compare(
+        differences_IK,
+        cube.clusters_I[group.rows_I],
+        signs,
+        seed=seed,
+        bounds_K=bounds,
+        dependent_K=dependent,
+        alpha=alpha,
+    )
     return dict(zip(keys, found, strict=True))
 
 
 def floor_marks(pairs: Mapping[tuple[str, str, str], Comparison], floor: str | None) -> dict[tuple[str, str], str]:
     """(explainer, metric) -> mark beside its score: † not distinguishable from the random map, ‡ worse than it, ? too
-    few images to tell, nothing where it is better or where no image is scored for both.
+    few images to tell, nothing where it is better, where no image is scored for both, or where images are dependent.
 
     The verdicts are those of `pairwise`, so that table, marks and matrix cannot contradict each other.
     """
@@ -131,6 +143,23 @@ def floor_marks(pairs: Mapping[tuple[str, str, str], Comparison], floor: str | N
             verdict = comparison.verdict if second == floor else TURNED.get(comparison.verdict, comparison.verdict)
             marks[first if second == floor else second, metric] = FLOOR_MARKS.get(verdict, "")
     return marks
+
+
+def too_many_tests(pairs: Mapping[str, Mapping[Any, Comparison]], num_patients: int) -> str:
+    """Which families of comparisons, by the title of their group of images, are too large for any verdict; empty where
+    none is. num_patients: as in the cube, 0 where patients are unknown."""
+    unit = "patients" if num_patients else "images"
+    families = []
+    for title, family in pairs.items():
+        if is_out_of_reach(family.values()):
+            tested = [c for c in family.values() if c.p_value is not None]
+            families.append(
+                f"{title} ({tested[0].num_tests} comparisons, {max(c.num_clusters for c in tested)} {unit}; "
+                f"{fewest_patients(tested[0].num_tests)} could give one)"
+            )
+    if not families:
+        return ""
+    return f"too many comparisons for a verdict, however large the differences: {', '.join(families)}"
 
 
 def _hits(cube: ScoreCube) -> list[bool]:
@@ -146,11 +175,11 @@ def _columns(values_PMI: NDArray[np.float64], group: Group) -> NDArray[np.float6
 
 
 def rankings(cube: ScoreCube, group: Group, *, seed: int) -> tuple[Ranking, ...]:
-    """One ranking per metric that has a direction and enough images, in the cube's order."""
+    """One ranking per metric that has a direction, independent images and enough of them, in the cube's order."""
     means_EMI = cube.image_means()
     found = []
     for m, metric in enumerate(cube.metrics):
-        if metric.sign:
+        if metric.sign and not metric.across_images:
             values_IE = means_EMI[:, m, group.rows_I].T
             ranking = rank(
                 values_IE,
@@ -165,11 +194,13 @@ def rankings(cube: ScoreCube, group: Group, *, seed: int) -> tuple[Ranking, ...]
 
 
 def noise_shares(cube: ScoreCube, *, seed: int) -> dict[tuple[str, str], NoiseShare]:
-    """(explainer, metric) -> share of sampling noise, where the run has repeats."""
+    """(explainer, metric) -> share of sampling noise, where the run has repeats and the metric independent images."""
     shares = {}
     for e, explainer in enumerate(cube.explainers):
         for m, metric in enumerate(cube.metrics):
-            share = noise_share(cube.values_EMIR[e, m], cube.clusters_I, seed=seed)
+            share = None
+            if not metric.across_images:
+                share = noise_share(cube.values_EMIR[e, m], cube.clusters_I, seed=seed)
             if share:
                 shares[explainer, metric.label] = share
     return shares

@@ -14,9 +14,19 @@ from rich.text import Text
 
 from xaibatch.results import study
 from xaibatch.results.cube import Group as ImageGroup
-from xaibatch.results.cube import MetricInfo, Record, ScoreCube, floor_explainer, is_synthetic, not_scored, score_cube
+from xaibatch.results.cube import (
+    MetricInfo,
+    Record,
+    ScoreCube,
+    floor_explainer,
+    is_synthetic,
+    not_independent,
+    not_scored,
+    score_cube,
+)
 from xaibatch.results.frames import Run
 from xaibatch.results.statistics import MIN_CLUSTERS, Summary
+from xaibatch.results.statistics_paired import Comparison
 
 PLAIN_WIDTH: Final = 120
 """Columns of the table where the output is not a terminal."""
@@ -83,14 +93,16 @@ def summary_table(
     groups = [group for group in cube.groups() if group.kind in {"all", "label"}]
     if len(groups) == 2:
         groups = groups[:1]
-    cells = {group.title: _cells(cube, group, floor_label, seed) for group in groups}
+    pairs = {group.title: study.pairwise(cube, group, seed=seed) for group in groups} if floor_label else {}
+    cells = {group.title: _cells(cube, group, pairs.get(group.title, {}), floor_label, seed) for group in groups}
     titles = {label: _title(label, record, floor_label) for label in cube.explainers}
     blocks: list[RenderableType] = []
     for metrics in _blocks(cube, cells, titles, width):
         blocks.append(_block(cube, metrics, groups, cells, titles, plain, signs, medians))
         if plain:
             blocks.append(Text(""))
-    caption = Text("\n".join(_caption(cube, record, floor_label, cells)).translate(signs), style="dim")
+    lines = [*_caption(cube, record, floor_label, cells), study.too_many_tests(pairs, cube.num_patients)]
+    caption = Text("\n".join(filter(None, lines)).translate(signs), style="dim")
     return Group(*blocks, caption)
 
 
@@ -117,9 +129,15 @@ def column_digits(summaries: Sequence[Summary]) -> int:
 Cells = Mapping[tuple[str, str], tuple[Summary, str]]
 
 
-def _cells(cube: ScoreCube, group: ImageGroup, floor_label: str | None, seed: int) -> Cells:
+def _cells(
+    cube: ScoreCube,
+    group: ImageGroup,
+    pairs: Mapping[tuple[str, str, str], Comparison],
+    floor_label: str | None,
+    seed: int,
+) -> Cells:
     found = study.summaries(cube, group, seed=seed)
-    marks = study.floor_marks(study.pairwise(cube, group, seed=seed), floor_label) if floor_label else {}
+    marks = study.floor_marks(pairs, floor_label)
     return {key: (summary, marks.get(key, "")) for key, summary in found.items()}
 
 
@@ -232,7 +250,9 @@ def _caption(cube: ScoreCube, record: Record, floor_label: str | None, cells: Ma
     shown = [summary for group in cells.values() for summary, _ in group.values() if summary.num_scored]
     if any(summary.alike for summary in shown):
         yield f"° {ALIKE}"
-    if any(not summary.interval and not summary.alike for summary in shown):
+    if dependent := not_independent(cube.metrics):
+        yield dependent
+    if any(not summary.interval and not summary.alike and summary.independent for summary in shown):
         yield f"no interval below {MIN_CLUSTERS} {'patients' if cube.num_patients else 'images'}"
     missing = _reasons(cube)
     if missing:

@@ -102,8 +102,8 @@
     return text.replace("-", "−");
   }
   function element(name, text, parent, look) { const e = document.createElement(name); if (text) e.textContent = text; if (look) e.className = look; parent.appendChild(e); return e; }
-  const outcome = function (item) { return item.label === null ? "" : item.label === item.predicted ? "correct" : "wrong"; };
-  const said = function (item) { return (item.label === null ? "" : outcome(item) === "correct" ? "✓ " : "✗ ") + "predicted " + item.predicted + (item.p === null ? "" : ", p = " + item.p.toFixed(2)); };
+  const outcome = function (item) { return item.label === null || item.predicted === null ? "" : item.label === item.predicted ? "correct" : "wrong"; };
+  const said = function (item) { return [outcome(item) === "" ? "" : outcome(item) === "correct" ? "✓ " : "✗ ", item.predicted === null ? "" : "predicted " + item.predicted, item.p === null ? "" : (item.predicted === null ? "" : ", ") + "p = " + item.p.toFixed(2)].join(""); };
 
   function chosen() {
     const e = Number($("b-explainer").value), m = Number($("b-metric").value), order = $("b-order").value;
