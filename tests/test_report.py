@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,22 @@ def test_typical_images_are_right_and_of_all_classes(run_url):
     rows = [cube.image_ids.index(i) for i in choice.image_ids]
     assert [cube.labels_I[r] for r in rows] == [name for name in CLASSES for _ in range(2)]
     assert all(cube.labels_I[r] == cube.predicted_I[r] for r in rows)
+
+
+def test_the_rule_says_which_classes_no_image_was_predicted_of(run_url):
+    run = open_run(run_url)
+    cube = score_cube(run.scores.arrow(), run.record)
+    assert "wrongly" not in typical(cube, 6, "random").rule
+    never = replace(cube, predicted_I=np.where(cube.labels_I == "Pneumonia", "Normal", cube.labels_I))
+    choice = typical(never, 6, "random")
+    assert choice.rule.endswith(
+        "; as no image of Pneumonia is predicted rightly, those shown are wrongly predicted ones"
+    )
+    assert sum(never.labels_I[cube.image_ids.index(i)] == "Pneumonia" for i in choice.image_ids) == 2
+    unlabelled = typical(replace(cube, labels_I=np.full(cube.num_images, None)), 6, "random")
+    assert len(unlabelled.image_ids) == 6
+    assert "class" not in unlabelled.rule
+    assert "rightly" not in unlabelled.rule
 
 
 def test_best_and_worst_lie_at_the_ends(run_url):
@@ -289,6 +306,15 @@ def test_findings_name_all_who_share_the_best_mean(tmp_path):
     )
     text = Path(write_report(str(tmp_path / "run"))).read_text("utf-8")
     assert "Pointing game ↑: LIME and Attention rollout share the best mean, 1.00" in text
+
+
+def test_sentences_about_scores_do_not_run_into_each_other(tmp_path):
+    same = {("lime", "faithfulness_correlation"): 5.0}  # the metric ends at 1: so do all scores
+    make_run(
+        tmp_path / "run", Design(explainers=("lime", "random"), metrics=("faithfulness_correlation",), shifts=same)
+    )
+    text = Path(write_report(str(tmp_path / "run"))).read_text("utf-8")
+    assert "without a range there is none. Every image was scored." in re.sub(r"\s+", " ", text)
 
 
 def test_the_figure_says_which_class_its_maps_explain(page):
