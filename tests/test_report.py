@@ -32,6 +32,7 @@ from xaibatch.results.parts import RunFolder
 from xaibatch.results.report import write_report
 from xaibatch.results.report_browser import script_json
 from xaibatch.results.report_choice import best_and_worst, disagreements, typical
+from xaibatch.results.report_facts import notices
 from xaibatch.results.report_figure import averaged_note, overlay_rgb, score_lines, shown_metrics
 from xaibatch.results.report_gallery import ReportOptions, chosen_images, make_gallery
 from xaibatch.results.report_images import load_maps, load_pictures
@@ -400,6 +401,27 @@ def test_sessions_of_different_versions_are_said(run_url, tmp_path):
     record["sessions"] = [idle, *({"num_cells": 3, "versions": {"torch": v, "numpy": "2.0"}} for v in ("2.9", "2.10"))]
     path.write_text(json.dumps(record))
     assert "Sessions of this run used different versions (torch)" in Path(write_report(str(path.parent))).read_text()
+
+
+def test_what_was_left_out_of_the_data_or_guessed_of_the_model_is_said(run_url, tmp_path):
+    shutil.copytree(run_url, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    record["data"]["notes"] = ["3 files that are no images by their name were left out", "simulated: synthetic"]
+    record["model"] |= {"source": {"kind": "checkpoint", "classes_from": "the data"}}
+    record["model"]["preprocessing"]["source"] = "timm configuration"
+    path.write_text(json.dumps(record))
+    said = list(notices(open_run(str(path.parent)), make_study(open_run(run_url)).cube))
+    assert "Data: 3 files that are no images by their name were left out." in said
+    assert not any("simulated" in notice for notice in said)
+    names = "class names were taken from the data in alphabetical order, COVID-19, Normal, Pneumonia"
+    assert any(names in notice for notice in said)
+    assert any("taken from timm's configuration" in notice for notice in said)
+    record["model"] |= {"source": {"kind": "checkpoint", "classes_from": "the checkpoint"}}
+    record["model"]["preprocessing"]["source"] = "checkpoint metadata"
+    path.write_text(json.dumps(record))
+    fewer = list(notices(open_run(str(path.parent)), make_study(open_run(run_url)).cube))
+    assert [notice for notice in said if notice not in fewer] == [n for n in said if "The checkpoint" in n]
 
 
 def browser_data(text):
