@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from xaibatch.data.storage import is_remote
-from xaibatch.results import figures, report_tables
+from xaibatch.results import captions, figures, report_tables
 from xaibatch.results.cube import ScoreCube
 from xaibatch.results.frames import Run, open_run
 from xaibatch.results.overlay import KEY_ENDS, key_colours
@@ -131,6 +131,10 @@ def _picture_context(made: Study, gallery: Gallery) -> dict[str, Any]:
         "cases": grids[1:],
         "colour_key": _colour_key(set(made.signed.values())),
         "explained": gallery.material.explained,
+        "interval_caption": captions.intervals(
+            made.summaries[everything].values(), made.marks[everything].values(), floor=made.floor is not None
+        ),
+        "distribution_caption": captions.DISTRIBUTIONS,
         "interval_svg": figures.svg(
             figures.interval_figure(cube, made.summaries[everything], made.marks[everything], made.floor, made.titles)
         ),
@@ -140,6 +144,8 @@ def _picture_context(made: Study, gallery: Gallery) -> dict[str, Any]:
         "rank_svg": None,
     }
     if made.rankings:
+        context["rank_caption"] = captions.RANKS
+        context["critical_caption"] = captions.CRITICAL_DIFFERENCES
         context["critical_svg"] = figures.svg(figures.critical_difference_figure(made.rankings, by_metric, made.titles))
         context["rank_svg"] = figures.svg(figures.rank_figure(made.rankings, by_metric, made.titles))
     context["sections"] = [
