@@ -187,7 +187,9 @@ def test_disputed_images_have_the_least_alike_maps(run_url):
     for explainer in ("lime", "rollout"):
         stored = maps[flipped, explainer]
         maps[flipped, explainer] = type(stored)(grid_hw=-stored.grid_hw, target=stored.target, status=stored.status)
-    assert disagreements(cube, maps, 2, "random").image_ids[0] == flipped
+    choice = disagreements(cube, maps, 2, "random")
+    assert choice.image_ids[0] == flipped
+    assert choice.remarks[0].startswith("ρ = −")
 
 
 def test_long_lists_are_sampled_but_keep_what_is_shown():

@@ -37,8 +37,9 @@ def export(url: str, output: str | Path, *, dots_per_inch: int = 300) -> list[Pa
 
     Tables as CSV and Parquet: `scores` (every row), `summary` (by group, explainer, metric), `pairs`, `ranks`, `noise`;
     as LaTeX: `table.tex`, `table_medians.tex` (the same with a line of medians below each explainer's means) and
-    `pairs.tex`. Figures: intervals, distributions, ranks, critical differences and pictures. Raises RunFolderError as a
-    report does, UsageError for an output that is a URL.
+    `pairs.tex`, each after comments that say what its marks and numbers are. Figures: intervals, distributions, ranks,
+    critical differences and pictures, with their captions.
+    Raises RunFolderError as a report does, UsageError for an output that is a URL.
     """
     if is_remote(str(output)):
         raise UsageError(f"an export is a local folder, received {str(output)!r}: give a path and copy it there")

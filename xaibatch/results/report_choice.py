@@ -97,7 +97,7 @@ def disagreements(
         rule=f"{among}the images with the lowest mean rank correlation (Spearman) between the maps of different "
         "explainers",
         image_ids=tuple(order),
-        remarks=tuple(f"ρ = {agreement[i]:.2f}" for i in order),
+        remarks=tuple(f"ρ = {agreement[i]:z.2f}".replace("-", "−") for i in order),
     )
 
 
