@@ -201,7 +201,7 @@ def _comment(text: str) -> str:
 
 def _family(made: Study, groups: Sequence[Group]) -> str:
     """How the pairs were tested, with the number of comparisons that each group of images was corrected for."""
-    counts = {g.title: next((c.num_tests for c in made.pairs[g.title].values()), 0) for g in groups}
+    counts = {g.title: max((c.num_tests for c in made.pairs[g.title].values()), default=0) for g in groups}
     listed = ", ".join(f"{title}: {count}" for title, count in counts.items() if count) or "none: too few images"
     return f"paired, tested by sign flips of whole patients, corrected by Holm at 5% (comparisons of {listed})"
 
