@@ -18,7 +18,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The engine's tests, which mostly wait, share one cluster: under xdist one worker runs them all, from the start."""
+    """The engine's tests, which mostly wait, share a cluster: under xdist one worker runs them all, from the start."""
     engine = [item for item in items if "cluster" in getattr(item, "fixturenames", ()) or "test_engine" in item.nodeid]
     for item in engine:
         item.add_marker(pytest.mark.xdist_group("engine"))

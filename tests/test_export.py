@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,12 @@ from xaibatch.cli import app
 from xaibatch.errors import RunFolderError, UsageError
 from xaibatch.results.compare import compare_runs, print_comparison
 from xaibatch.results.cube import score_cube
-from xaibatch.results.export import export, latex
+from xaibatch.results.export import charts, export, latex, latex_pairs, latex_scores
+from xaibatch.results.figures_images import picture_figure
 from xaibatch.results.frames import open_run
 from xaibatch.results.parts import RunFolder
 from xaibatch.results.report import write_report
+from xaibatch.results.report_gallery import ReportOptions, make_gallery
 from xaibatch.results.study import make_study
 from xaibatch.results.summary import print_summary, summary_table
 
@@ -161,6 +164,83 @@ def test_figures_come_as_pdf_and_png(exported):
         assert exported[f"{name}.pdf"].read_bytes().startswith(b"%PDF")
         with Image.open(exported[f"{name}.png"]) as picture:
             assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_exported_pictures_say_how_to_read_them(run_url):
+    run = open_run(run_url)
+    made = make_study(run)
+    gallery = make_gallery(run, made, ReportOptions(max_pixels=0))
+    for choice in gallery.choices:
+        figure = picture_figure(choice, gallery.material)
+        text = re.sub(r"\s+", " ", " ".join(t.get_text() for t in figure.texts))
+        for expected in (
+            choice.rule, "F Faithfulness correlation ↑, S", "drawn as squares",
+            "explains the class that the model predicts", "the map’s own maximum", "against the class",
+        ):  # fmt: skip
+            assert expected in text, expected
+        with_masks = any(not image_id.startswith("Normal") for image_id in choice.image_ids)
+        assert ("green outline: lesion mask" in text) == with_masks
+    drawn = {name: draw() for name, draw in charts(made).items()}
+    captions = {name: figure.get_supxlabel().replace("\n", " ") for name, figure in drawn.items()}
+    assert "weaker than the paired tests" in captions["critical_differences"]
+    assert "† not distinguishable from the random map" in captions["intervals"]
+    assert "Grey band and open circle: the random map" in captions["intervals"]
+    assert all(captions.values())
+
+
+def test_the_key_below_one_narrow_column_fits(tmp_path):
+    make_run(tmp_path / "run", Design(num_images=4))
+    run = open_run(str(tmp_path / "run"))
+    gallery = make_gallery(run, make_study(run), ReportOptions(num_typical=1))
+    choice = gallery.choices[0]
+    one = replace(choice, image_ids=choice.image_ids[:1], remarks=choice.remarks[:1])
+    figure = picture_figure(one, gallery.material)
+    renderer = figure.canvas.get_renderer()
+    for text in figure.texts:
+        box = text.get_window_extent(renderer)
+        assert box.x1 <= figure.bbox.x1, text.get_text()
+        assert box.y0 >= 0, text.get_text()
+
+
+def test_latex_explains_every_mark_that_it_prints_and_the_pairs(exported, run_url, tmp_path):
+    few = Design(num_images=14, explainers=("lime", "rollout", "random"), shifts={("lime", "average_sensitivity"): 2.0})
+    make_run(tmp_path / "run", few)
+    files = {path.name: path for path in export(str(tmp_path / "run"), tmp_path / "files", dots_per_inch=20)}
+    for tex in (files["table.tex"].read_text("utf-8"), exported["table.tex"].read_text("utf-8")):
+        comments, _, body = tex.partition("\\begin")
+        for mark, note in (
+            ("$^\\dagger$", "not distinguishable"), ("$^\\ddagger$", "worse than"), ("?", "too few"),
+            ("$^\\circ$", "nearly all scores are equal"),
+        ):  # fmt: skip
+            assert (mark in body) == (f"% {mark} {note}" in comments), mark
+    assert "$^\\ddagger$" in files["table.tex"].read_text("utf-8")
+    made = make_study(open_run(run_url))
+    comments, _, body = exported["pairs.tex"].read_text("utf-8").partition("\\begin")
+    assert f"(comparisons of all images: {next(iter(made.pairs['all images'].values())).num_tests})" in comments
+    assert "sign flips of whole patients" in comments
+    assert "Average sensitivity $\\downarrow$ &" in body
+    assert not re.search(r"(?<![\w$])-\d", body)  # one kind of minus
+
+
+def test_latex_has_the_screen_s_numbers(run_url):
+    made = make_study(open_run(run_url))
+    key = "lime", "faithfulness_correlation"
+    nearly = replace(made.summaries["all images"][key], mean=-0.0004)
+    summaries = {**made.summaries, "all images": {**made.summaries["all images"], key: nearly}}
+    tex = latex_scores(replace(made, summaries=summaries))
+    assert re.search(r"LIME & 0\.000\S* \[", tex)  # not −0.000
+    complexity = made.summaries["all images"]["lime", "effective_complexity"].mean
+    assert f" {complexity:,.0f} [" in tex
+
+
+def test_nearly_equal_differences_are_marked_in_the_pairs(tmp_path):
+    same = {(e, "pointing_game"): 9.0 for e in ("lime", "rollout")}  # both hit every lesion
+    make_run(
+        tmp_path / "run", Design(num_images=24, explainers=("lime", "rollout"), metrics=("pointing_game",), shifts=same)
+    )
+    tex = latex_pairs(make_study(open_run(str(tmp_path / "run"))))
+    assert "]$^\\circ$ &" in tex
+    assert "% $^\\circ$ nearly all" in tex
 
 
 def test_every_row_is_there_as_csv_too(exported, run_url):

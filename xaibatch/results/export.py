@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 
 from xaibatch.data.storage import is_remote
 from xaibatch.errors import UsageError
-from xaibatch.results import figures
+from xaibatch.results import captions, figures
 from xaibatch.results.cube import Group, not_independent
 from xaibatch.results.figures_images import picture_figure
 from xaibatch.results.frames import open_run
 from xaibatch.results.report_gallery import ReportOptions, make_gallery
+from xaibatch.results.report_tables import difference_digits, difference_text, number, p_text
 from xaibatch.results.statistics import Summary
 from xaibatch.results.study import Study, make_study
 from xaibatch.results.summary import ALIKE, column_digits, counted
@@ -24,8 +25,11 @@ from xaibatch.results.summary import ALIKE, column_digits, counted
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↑": r"$\uparrow$", "↓": r"$\downarrow$",
-    "°": r"$^\circ$", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "−": "$-$", "–": "--",
+    "°": r"$^\circ$", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "−": "$-$", "–": "--", "’": "'", "“": "``", "”": "''",
+    "<": "$<$", ">": "$>$", "×": r"$\times$",
 }  # fmt: skip
+
+_ARROWS = "↑ more is better, ↓ less is better"
 
 
 def export(url: str, output: str | Path, *, dots_per_inch: int = 300) -> list[Path]:
@@ -33,8 +37,9 @@ def export(url: str, output: str | Path, *, dots_per_inch: int = 300) -> list[Pa
 
     Tables as CSV and Parquet: `scores` (every row), `summary` (by group, explainer, metric), `pairs`, `ranks`, `noise`;
     as LaTeX: `table.tex`, `table_medians.tex` (the same with a line of medians below each explainer's means) and
-    `pairs.tex`. Figures: intervals, distributions, ranks, critical differences and pictures. Raises RunFolderError as a
-    report does, UsageError for an output that is a URL.
+    `pairs.tex`, each after comments that say what its marks and numbers are. Figures: intervals, distributions, ranks,
+    critical differences and pictures, with their captions.
+    Raises RunFolderError as a report does, UsageError for an output that is a URL.
     """
     if is_remote(str(output)):
         raise UsageError(f"an export is a local folder, received {str(output)!r}: give a path and copy it there")
@@ -60,7 +65,7 @@ def export(url: str, output: str | Path, *, dots_per_inch: int = 300) -> list[Pa
         if rows:
             written += _save_table(pa.Table.from_pylist(rows), folder / name)
     gallery = make_gallery(run, made, ReportOptions(max_pixels=0))
-    for name, draw in _figures(made).items():
+    for name, draw in charts(made).items():
         written += _save(draw(), folder / name, dots_per_inch)
     for choice in gallery.choices:
         written += _save(picture_figure(choice, gallery.material), folder / choice.name, dots_per_inch)
@@ -135,10 +140,14 @@ def latex_scores(made: Study, *, medians: bool = False) -> str:
     groups = groups[:1] if len(groups) == 2 else groups
     cube = made.cube
     head = " & ".join(["Explainer", *(latex(f"{m.title} {m.arrow}".strip()) for m in cube.metrics)])
+    marks = [mark for group in groups for mark in made.marks[group.title].values()]
     lines = [
-        f"% mean [95% interval], {counted(cube)}" + (", rendered images" if made.synthetic else ""),
-        *([f"% $^\\circ$ {ALIKE}"] if _any_alike(made, groups) else []),
-        *([f"% {dependent}"] if (dependent := not_independent(cube.metrics)) else []),
+        _comment(f"mean [95% interval], {counted(cube)}" + (", rendered images" if made.synthetic else "")),
+        _comment(_ARROWS),
+        *(_comment(note) for note in captions.mark_notes(marks)),
+        *([_comment(_family(made, groups))] if any(marks) else []),
+        *([_comment(f"° {ALIKE}")] if _any_alike(made, groups) else []),
+        *([_comment(dependent)] if (dependent := not_independent(cube.metrics)) else []),
         f"\\begin{{tabular}}{{l{'r' * len(cube.metrics)}}}",
         "\\toprule",
         f"{head} \\\\",
@@ -154,22 +163,28 @@ def latex_scores(made: Study, *, medians: bool = False) -> str:
 
 
 def latex_pairs(made: Study) -> str:
-    """All pairs: difference with interval, effect size, corrected p-value, verdict."""
-    titles = {m.label: m.title for m in made.cube.metrics}
+    """All pairs of explainers on all images, with the report's numbers: difference with interval, effect size,
+    corrected p-value, verdict."""
+    titles = {m.label: f"{m.title} {m.arrow}".strip() for m in made.cube.metrics}
+    pairs = made.pairs[made.groups[0].title]
     lines = [
+        _comment(
+            f"A − B: mean difference of the same images [95% interval], {counted(made.cube)}"
+            + (", rendered images" if made.synthetic else "")
+        ),
+        _comment("d: mean difference over the standard deviation of the differences"),
+        _comment(_family(made, made.groups[:1]) + "; better and worse also require an interval that excludes zero"),
+        _comment(_ARROWS),
+        *([_comment(f"° {ALIKE}")] if any(c.alike and c.num_images for c in pairs.values()) else []),
         "\\begin{tabular}{lllrrrl}",
         "\\toprule",
         "Metric & A & B & A $-$ B [95\\%] & $d$ & $p_\\mathrm{Holm}$ & A is \\\\",
         "\\midrule",
     ]
-    for (first, second, metric), c in made.pairs[made.groups[0].title].items():
-        difference = f"{c.mean_difference:.4g}" + (
-            f" [{c.interval.low:.4g}, {c.interval.high:.4g}]" if c.interval else ""
-        )
-        p = "--" if c.p_holm is None else "$<$0.001" if c.p_holm < 0.001 else f"{c.p_holm:.3f}"
-        names = [latex(text) for text in (titles[metric], made.titles[first], made.titles[second])]
-        effect = f"{c.effect_size:.2f}" if c.effect_size == c.effect_size else "--"
-        lines.append(" & ".join([*names, latex(difference.replace("-", "−")), effect, p, c.verdict]) + " \\\\")
+    for (first, second, metric), c in pairs.items():
+        names = [titles[metric], made.titles[first], made.titles[second]]
+        numbers = [difference_text(c, difference_digits(c)), number(c.effect_size, 2), p_text(c.p_holm)]
+        lines.append(" & ".join(map(latex, [*names, *numbers, c.verdict])) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
 
 
@@ -182,6 +197,18 @@ def latex(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
+def _comment(text: str) -> str:
+    """A line for the table's caption, out of the table itself."""
+    return f"% {latex(text)}"
+
+
+def _family(made: Study, groups: Sequence[Group]) -> str:
+    """How the pairs were tested, with the number of comparisons that each group of images was corrected for."""
+    counts = {g.title: max((c.num_tests for c in made.pairs[g.title].values()), default=0) for g in groups}
+    listed = ", ".join(f"{title}: {count}" for title, count in counts.items() if count) or "none: too few images"
+    return f"paired, tested by sign flips of whole patients, corrected by Holm at 5% (comparisons of {listed})"
+
+
 def _latex_cells(made: Study, group: Group, explainer: str) -> list[str]:
     cells = []
     for metric in made.cube.metrics:
@@ -191,10 +218,10 @@ def _latex_cells(made: Study, group: Group, explainer: str) -> list[str]:
         if not s.num_scored:
             cells.append("--")
             continue
-        text = f"{s.mean:.{digits}f}{made.marks[group.title].get((explainer, metric.label), '')}"
+        text = number(s.mean, digits) + made.marks[group.title].get((explainer, metric.label), "")
         if s.interval:
-            text += f" [{s.interval.low:.{digits}f}, {s.interval.high:.{digits}f}]"
-        cells.append(latex((text + ("°" if s.alike else "")).replace("-", "−")))
+            text += f" [{number(s.interval.low, digits)}, {number(s.interval.high, digits)}]"
+        cells.append(latex(text + ("°" if s.alike else "")))
     return cells
 
 
@@ -204,7 +231,7 @@ def _latex_medians(made: Study, group: Group, explainer: str) -> list[str]:
     for metric in made.cube.metrics:
         digits = column_digits([found[e, metric.label] for e in made.cube.explainers])
         s = found[explainer, metric.label]
-        cells.append(latex(f"{s.median:.{digits}f}".replace("-", "−")) if s.num_scored else "--")
+        cells.append(latex(number(s.median, digits)))
     return cells
 
 
@@ -212,21 +239,28 @@ def _any_alike(made: Study, groups: Sequence[Group]) -> bool:
     return any(s.alike and s.num_scored for group in groups for s in made.summaries[group.title].values())
 
 
-def _figures(made: Study) -> Mapping[str, Callable[[], Figure]]:
+def charts(made: Study) -> Mapping[str, Callable[[], Figure]]:
+    """The study's charts by the name of their files, each with its caption below it."""
     cube, everything = made.cube, made.groups[0].title
     by_metric = {metric.label: metric for metric in cube.metrics}
     labels = [group for group in made.groups if group.kind == "label"]
+    summaries, marks = made.summaries[everything], made.marks[everything]
     drawn: dict[str, Callable[[], Figure]] = {
-        "intervals": lambda: figures.interval_figure(
-            cube, made.summaries[everything], made.marks[everything], made.floor, made.titles
+        "intervals": lambda: figures.captioned(
+            figures.interval_figure(cube, summaries, marks, made.floor, made.titles),
+            captions.intervals(summaries.values(), marks.values(), floor=made.floor is not None),
         )
     }
     if labels:
-        drawn["distributions"] = lambda: figures.distribution_figure(cube, labels, made.titles, made.floor)
+        drawn["distributions"] = lambda: figures.captioned(
+            figures.distribution_figure(cube, labels, made.titles, made.floor), captions.DISTRIBUTIONS
+        )
     if made.rankings:
-        drawn["ranks"] = lambda: figures.rank_figure(made.rankings, by_metric, made.titles)
-        drawn["critical_differences"] = lambda: figures.critical_difference_figure(
-            made.rankings, by_metric, made.titles
+        drawn["ranks"] = lambda: figures.captioned(
+            figures.rank_figure(made.rankings, by_metric, made.titles), captions.RANKS
+        )
+        drawn["critical_differences"] = lambda: figures.captioned(
+            figures.critical_difference_figure(made.rankings, by_metric, made.titles), captions.CRITICAL_DIFFERENCES
         )
     return drawn
 

@@ -7,6 +7,7 @@ pyplot or global settings.
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -101,7 +102,7 @@ def distribution_figure(
         )
         for g, group in enumerate(groups)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(groups), 4), frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(groups), 4), frameon=False, fontsize=8)
     return figure
 
 
@@ -142,6 +143,12 @@ def rank_figure(rankings: Sequence[Ranking], metrics: Mapping[str, MetricInfo], 
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
+    return figure
+
+
+def captioned(figure: Figure, caption: str) -> Figure:
+    """The figure with the text below it, for a picture that travels without a page around it."""
+    figure.supxlabel(textwrap.fill(caption, int(16 * figure.get_figwidth())), fontsize=7, x=0.01, ha="left")
     return figure
 
 

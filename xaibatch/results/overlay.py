@@ -8,7 +8,7 @@ for it); both keep their order for colour-blind readers and in grey print.
 Shape letters: H W pixels of the radiograph, h w the map's own sides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,14 @@ from xaibatch.options import Options
 OUTLINE = "#7CFC00"
 """Colour of a mask's outline: in neither colour map, and visible on lung and bone."""
 
+KEY_ENDS: Mapping[bool, tuple[str, str]] = {
+    False: ("none", "the map’s own maximum"),
+    True: ("against the class", "for it (signed maps)"),
+}
+"""What stands at both ends of a colour key, for positive and for signed maps."""
+
 _AGAINST_FOR = ("#5cb0ff", "#3a86e0", "#2a62b8", "#505050", "#b4540f", "#e8842a", "#ffb04d")
+_MID_GREY = 0.45
 
 
 class OverlayOptions(Options):
@@ -44,7 +51,7 @@ class OverlayOptions(Options):
     """Opacity is strength to this power; strength is |value| over the map's own largest."""
 
     upsampling: Literal["bilinear", "nearest"] = "bilinear"
-    """From the token grid to pixels, as for scoring."""
+    """From the token grid to pixels: as for scoring; `nearest` for means over patches of finer maps."""
 
 
 def is_signed(map_hw: NDArray[np.floating]) -> bool:
@@ -66,6 +73,16 @@ def colour_map(signed: bool, options: OverlayOptions) -> Colormap:
     if signed:
         return LinearSegmentedColormap.from_list("against-for", _AGAINST_FOR)
     return mpl.colormaps[options.colours]
+
+
+def key_colours(signed: bool, number: int, options: OverlayOptions | None = None) -> NDArray[np.float64]:
+    """(number,3) RGB in [0, 1]: the colours of [-1, 1] or [0, 1] as they look over mid-grey at their opacity, so that a
+    key shows what the pictures show."""
+    options = options or OverlayOptions()
+    values = np.linspace(-1 if signed else 0, 1, number)
+    opacity = (options.max_opacity * np.abs(values) ** options.opacity_power)[:, None]
+    mixed: NDArray[np.float64] = colour_map(signed, options)((values + 1) / 2 if signed else values)[:, :3] * opacity
+    return mixed + _MID_GREY * (1 - opacity)
 
 
 def composite(
@@ -178,18 +195,11 @@ def _show(axes: Axes, rgb_HW3: NDArray[np.uint8], caption: str) -> None:
 
 def _colour_bar(figure: Figure, axes: Axes, signed: bool, options: OverlayOptions) -> None:
     low = -1.0 if signed else 0.0
-    mappable = ScalarMappable(Normalize(low, 1.0), _faded(colour_map(signed, options), signed, options))
+    shown = LinearSegmentedColormap.from_list("key", key_colours(signed, 256, options))
+    mappable = ScalarMappable(Normalize(low, 1.0), shown)
     bar = figure.colorbar(mappable, ax=axes, fraction=0.05, pad=0.03)
     bar.set_ticks([-1, 0, 1] if signed else [0, 0.5, 1])
     bar.set_ticklabels(["against", "0", "for"] if signed else ["0", "½", "max"])
     bar.ax.tick_params(labelsize=8)
     bar.set_label("relevance for the class, of the map's own maximum", fontsize=8)
     bar.outline.set_linewidth(0.5)
-
-
-def _faded(colours: Colormap, signed: bool, options: OverlayOptions) -> Colormap:
-    """The colours as they look over mid-grey at their opacity, so that the bar shows what the picture shows."""
-    values = np.linspace(-1 if signed else 0, 1, 256)
-    opacity = (options.max_opacity * np.abs(values) ** options.opacity_power)[:, None]
-    rgb = colours((values + 1) / 2 if signed else values)[:, :3] * opacity + 0.45 * (1 - opacity)
-    return LinearSegmentedColormap.from_list("faded", rgb)

@@ -13,28 +13,20 @@ from typing import Any
 import jinja2
 
 from xaibatch.data.storage import is_remote
-from xaibatch.results import figures, report_tables
+from xaibatch.results import captions, figures, report_tables
 from xaibatch.results.cube import ScoreCube
 from xaibatch.results.frames import Run, open_run
-from xaibatch.results.overlay import OverlayOptions, colour_map
+from xaibatch.results.overlay import KEY_ENDS, key_colours
 from xaibatch.results.parts import RunFolder
 from xaibatch.results.report_browser import browser_json
 from xaibatch.results.report_facts import facts, failure_lines, notices
-from xaibatch.results.report_figure import tile_grid
+from xaibatch.results.report_figure import averaged_note, tile_grid
 from xaibatch.results.report_findings import findings
 from xaibatch.results.report_gallery import Gallery, ReportOptions, make_gallery
 from xaibatch.results.study import Study, make_study, too_many_tests
 from xaibatch.results.summary import ALIKE, counted
 
 REPORT = "report.html"
-
-EXPLAINED = {
-    "predicted": "Where an explainer tells classes apart, its map explains the class that the model predicts for that "
-    "image; p is its probability.",
-    "label": "Where an explainer tells classes apart, its map explains the true class of the image; p is the "
-    "probability of the predicted one.",
-}
-"""What the pictures are of, by the run's `target`."""
 
 
 def write_report(url: str, output: str | Path | None = None, options: ReportOptions | None = None) -> str:
@@ -67,9 +59,11 @@ def render_report(run: Run, options: ReportOptions) -> str:
     seen = {*gallery.with_pixels} & {*gallery.material.pictures}
     context = {
         **_text_context(run, made, gallery.notes),
-        **_picture_context(made, gallery, run.config.get("target")),
+        **_picture_context(made, gallery),
         "sanity": report_tables.sanity(predictions, class_names, seed=made.seed),
-        "browser_note": _browser_note(made.cube.num_images, len(gallery.with_maps), len(seen)),
+        "browser_note": " ".join(
+            [_browser_note(made.cube.num_images, len(gallery.with_maps), len(seen)), averaged_note(gallery.material)]
+        ).strip(),
         "data": browser_json(
             gallery.material, gallery.with_maps, gallery.with_pixels, side=options.thumbnail, floor=made.floor
         ),
@@ -127,7 +121,7 @@ def _text_context(run: Run, made: Study, image_notes: tuple[str, ...]) -> dict[s
     }
 
 
-def _picture_context(made: Study, gallery: Gallery, target: object) -> dict[str, Any]:
+def _picture_context(made: Study, gallery: Gallery) -> dict[str, Any]:
     cube, everything = made.cube, made.groups[0].title
     by_metric = {m.label: m for m in cube.metrics}
     by_label = [g for g in made.groups if g.kind == "label"]
@@ -136,7 +130,11 @@ def _picture_context(made: Study, gallery: Gallery, target: object) -> dict[str,
         "figure": grids[0] if grids else None,
         "cases": grids[1:],
         "colour_key": _colour_key(set(made.signed.values())),
-        "explained": EXPLAINED.get(str(target), ""),
+        "explained": gallery.material.explained,
+        "interval_caption": captions.intervals(
+            made.summaries[everything].values(), made.marks[everything].values(), floor=made.floor is not None
+        ),
+        "distribution_caption": captions.DISTRIBUTIONS,
         "interval_svg": figures.svg(
             figures.interval_figure(cube, made.summaries[everything], made.marks[everything], made.floor, made.titles)
         ),
@@ -146,6 +144,8 @@ def _picture_context(made: Study, gallery: Gallery, target: object) -> dict[str,
         "rank_svg": None,
     }
     if made.rankings:
+        context["rank_caption"] = captions.RANKS
+        context["critical_caption"] = captions.CRITICAL_DIFFERENCES
         context["critical_svg"] = figures.svg(figures.critical_difference_figure(made.rankings, by_metric, made.titles))
         context["rank_svg"] = figures.svg(figures.rank_figure(made.rankings, by_metric, made.titles))
     context["sections"] = [
@@ -198,19 +198,11 @@ def _browser_note(num_images: int, num_maps: int, num_pixels: int) -> str:
 
 def _colour_key(signed: set[bool]) -> str:
     """The colour bars of the overlays as CSS gradients over mid-grey."""
-    options = OverlayOptions()
     keys = []
     for kind in sorted(signed):
-        stops = []
-        for step in range(21):
-            value = step / 10 - 1 if kind else step / 20
-            opacity = options.max_opacity * abs(value) ** options.opacity_power
-            colour = colour_map(kind, options)((value + 1) / 2 if kind else value)[:3]
-            mixed = [round(255 * (part * opacity + 0.45 * (1 - opacity))) for part in colour]
-            stops.append(f"rgb({mixed[0]},{mixed[1]},{mixed[2]})")
-        ends = ("against the class", "for it (signed maps)") if kind else ("none", "the map’s own maximum")
-        bar = f'<i style="background:linear-gradient(90deg,{",".join(stops)})"></i>'
-        keys.append(f"<span>{html.escape(ends[0])}{bar}{html.escape(ends[1])}</span>")
+        stops = ",".join(f"rgb({','.join(str(round(255 * part)) for part in rgb)})" for rgb in key_colours(kind, 21))
+        low, high = (html.escape(end) for end in KEY_ENDS[kind])
+        keys.append(f'<span>{low}<i style="background:linear-gradient(90deg,{stops})"></i>{high}</span>')
     return f'<p class="key">{"".join(keys)}</p>'
 
 

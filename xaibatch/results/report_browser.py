@@ -48,9 +48,18 @@ def browser_json(
     options = OverlayOptions()
     content = {
         "explainers": [
-            {"title": material.titles[e], "signed": material.signed[e], "floor": e == floor} for e in cube.explainers
+            {
+                "title": material.titles[e],
+                "signed": material.signed[e],
+                "nearest": material.upsampling[e] == "nearest",
+                "floor": e == floor,
+            }
+            for e in cube.explainers
         ],
-        "metrics": [{"title": m.title, "arrow": m.arrow, "sign": m.sign} for m in cube.metrics],
+        "metrics": [
+            {"title": m.title, "arrow": m.arrow, "sign": m.sign, "digits": material.digits[m.label]}
+            for m in cube.metrics
+        ],
         "colours": {"positive": _colours(False, options), "signed": _colours(True, options)},
         "opacity": {"max": options.max_opacity, "power": options.opacity_power},
         "classes": classes,

@@ -31,13 +31,16 @@ class Choice:
 
 
 def typical(cube: ScoreCube, num_images: int, without: str | None) -> Choice:
-    """For each true class the rightly predicted images nearest to the class's median scores; all classes alike."""
+    """For each true class the rightly predicted images nearest to the class's median scores, or, where none is
+    predicted rightly, the nearest of all its images; all classes alike. Without labels, of all images."""
     scores_IM = _scaled(cube, without)
     classes = sorted({name for name in cube.labels_I if name is not None}) or [None]
     each = max(1, num_images // len(classes))
     chosen: list[str] = []
+    missed: list[str] = []
     for name in classes:
         right = (cube.labels_I == name) & ((cube.predicted_I == name) | (name is None))
+        missed += [] if right.any() else [str(name)]
         rows = np.flatnonzero(right if right.any() else cube.labels_I == name)
         centre_M = _median(scores_IM[rows])
         away_IM = np.abs(np.where(np.isfinite(centre_M), scores_IM[rows] - centre_M, 0.0))
@@ -46,8 +49,7 @@ def typical(cube: ScoreCube, num_images: int, without: str | None) -> Choice:
     return Choice(
         name="figure",
         title="Typical images by class",
-        rule="of each true class, the rightly predicted images whose scores (mean over explainers) are nearest to the "
-        "class's median",
+        rule=_typical_rule(missed, labelled=classes != [None]),
         image_ids=tuple(chosen),
         remarks=("",) * len(chosen),
     )
@@ -95,7 +97,7 @@ def disagreements(
         rule=f"{among}the images with the lowest mean rank correlation (Spearman) between the maps of different "
         "explainers",
         image_ids=tuple(order),
-        remarks=tuple(f"ρ = {agreement[i]:.2f}" for i in order),
+        remarks=tuple(f"ρ = {agreement[i]:z.2f}".replace("-", "−") for i in order),
     )
 
 
@@ -116,6 +118,17 @@ def leading_metric(cube: ScoreCube) -> MetricInfo | None:
     compares images with each other."""
     directed = [metric for metric in cube.metrics if metric.sign and not metric.across_images]
     return next((metric for metric in directed if metric.family == "faithfulness"), directed[0] if directed else None)
+
+
+def _typical_rule(missed: Sequence[str], *, labelled: bool) -> str:
+    """`missed`: classes of which no image is predicted rightly."""
+    nearest = "whose scores (mean over explainers) are nearest to the"
+    if not labelled:
+        return f"the images {nearest} median; they have no labels"
+    rule = f"of each true class, the rightly predicted images {nearest} class's median"
+    if missed:
+        rule += f"; as no image of {' or '.join(missed)} is predicted rightly, those shown are wrongly predicted ones"
+    return rule
 
 
 def _scaled(cube: ScoreCube, without: str | None) -> NDArray[np.float64]:

@@ -8,6 +8,12 @@ from xaibatch.results.frames import Run
 
 MAX_FAILURES_LISTED = 50
 
+_CLASSES_FROM_ELSEWHERE = {
+    "the data": "class names were taken from the data in alphabetical order",
+    "their indices": "its outputs are called by their numbers",
+}
+"""The record's `classes_from` where neither the caller nor the checkpoint names the classes."""
+
 
 def notices(run: Run, cube: ScoreCube) -> Iterator[str]:
     """Sentences that belong above everything else: rendered images, unfinished runs, unreadable files, failures."""
@@ -39,6 +45,8 @@ def notices(run: Run, cube: ScoreCube) -> Iterator[str]:
         yield f"Sessions of this run used different versions ({', '.join(mixed)}): its rows are of all of them."
     for path, problem in run.problems().items():
         yield f"Left out {path}: {problem}."
+    yield from _data_notes(record)
+    yield from _taken_from_elsewhere(record.get("model", {}))
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -79,6 +87,33 @@ def failure_lines(run: Run) -> list[str]:
     rows = run.failures.arrow().sort_by("image_id").slice(0, MAX_FAILURES_LISTED + 1).to_pylist()
     lines = [f"{row['image_id']} ({row['stage']}): {row['message']}" for row in rows[:MAX_FAILURES_LISTED]]
     return [*lines, "and more: see the table `failures`"] if len(rows) > MAX_FAILURES_LISTED else lines
+
+
+def _data_notes(record: Mapping[str, Any]) -> Iterator[str]:
+    """How the data set was read: files left out, findings chosen, columns not read. That images are synthetic is said
+    already."""
+    for note in record.get("data", {}).get("notes") or ():
+        if "synthetic" not in note:
+            yield f"Data: {note}."
+
+
+def _taken_from_elsewhere(model: Mapping[str, Any]) -> Iterator[str]:
+    """What a checkpoint does not record of itself."""
+    source = model.get("source")
+    if not isinstance(source, Mapping) or source.get("kind") != "checkpoint":
+        return
+    origin = _CLASSES_FROM_ELSEWHERE.get(str(source.get("classes_from")))
+    if origin:
+        yield (
+            f"The checkpoint names no classes: {origin}, {', '.join(model.get('class_names', ()))}. Check that they "
+            "are the model's own in this order: if not, every label and prediction here is wrong."
+        )
+    if model.get("preprocessing", {}).get("source") == "timm configuration":
+        yield (
+            "The checkpoint records no preprocessing: it was taken from timm's configuration. Check that it is the "
+            "model's own (below under “What was run”): if not, predictions and scores are of images that the model "
+            "was not trained for."
+        )
 
 
 def _mixed_versions(record: Mapping[str, Any]) -> list[str]:

@@ -8,13 +8,14 @@ import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from xaibatch.results.cube import MetricInfo, ScoreCube
-from xaibatch.results.overlay import composite, outlined, strength
+from xaibatch.results.overlay import OverlayOptions, composite, outlined, strength
 from xaibatch.results.report_choice import Choice
 from xaibatch.results.report_images import Picture, StoredMap
 from xaibatch.results.report_tables import number
@@ -30,6 +31,8 @@ FAMILY_LETTERS: Mapping[str, str] = {
     "randomisation": "R",
     "causal": "T",
 }
+
+Upsampling = Literal["bilinear", "nearest"]
 
 _BLANK = 0.12
 """Grey under a map whose radiograph cannot be had."""
@@ -54,19 +57,27 @@ class TileRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TileGrid:
-    """A figure: columns have heads (lines of text), rows have titles."""
+    """A figure: columns have heads (lines of text), rows have titles; `legend` and `note` are for its caption."""
 
     title: str
     rule: str
     heads: tuple[tuple[str, ...], ...]
     rows: tuple[TileRow, ...]
     legend: str
+    note: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """Everything that tiles are made of. probabilities: the predicted class's, by image id; outline: name of the mask
-    that is outlined, None for none."""
+    """Everything that tiles are made of.
+
+    probabilities: the predicted class's, by image id.
+    digits:        after the point, of a metric's scores by its label: as many as in the table.
+    upsampling:    of an explainer's stored maps, by its label.
+    averaged:      explainers whose stored maps are means over the model's patches of the finer maps that were scored.
+    explained:     a sentence on which class the maps explain; may be empty.
+    outline:       name of the mask that is outlined, None for none.
+    """
 
     cube: ScoreCube
     pictures: Mapping[str, Picture]
@@ -74,6 +85,10 @@ class Material:
     probabilities: Mapping[str, float]
     titles: Mapping[str, str]
     signed: Mapping[str, bool]
+    digits: Mapping[str, int]
+    upsampling: Mapping[str, Upsampling]
+    averaged: frozenset[str] = frozenset()
+    explained: str = ""
     outline: str | None = None
 
 
@@ -88,9 +103,6 @@ def tile_grid(choice: Choice, material: Material, *, max_metrics: int = 4) -> Ti
     for explainer in material.cube.explainers:
         tiles = tuple(_overlay(i, explainer, material, shown) for i in choice.image_ids)
         rows.append(TileRow(title=material.titles[explainer], tiles=tiles))
-    legend = ", ".join(f"{metric.letter} {metric.title}" for metric in shown)
-    if any(_has_outline(i, material) for i in choice.image_ids):
-        legend += f"; green outline: {material.outline} mask"
     return TileGrid(
         title=choice.title,
         rule=choice.rule,
@@ -98,17 +110,40 @@ def tile_grid(choice: Choice, material: Material, *, max_metrics: int = 4) -> Ti
             head_lines(i, remark, material) for i, remark in zip(choice.image_ids, choice.remarks, strict=True)
         ),
         rows=tuple(row for row in rows if any(row.tiles)),
-        legend=legend,
+        legend=legend(choice, material, shown),
+        note=averaged_note(material),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShownMetric:
-    """A metric whose scores stand under the overlays: its place in the cube, its letter and its title with arrow."""
+    """A metric whose scores stand under the overlays: its label and place in the cube, its letter and its title with
+    arrow."""
 
+    label: str
     place: int
     letter: str
     title: str
+
+
+def legend(choice: Choice, material: Material, shown: Sequence[ShownMetric]) -> str:
+    """What the letters under the overlays mean, and the outline in them."""
+    text = ", ".join(f"{metric.letter} {metric.title}" for metric in shown)
+    if any(_has_outline(i, material) for i in choice.image_ids):
+        text += f"; green outline: {material.outline} mask"
+    return text
+
+
+def averaged_note(material: Material) -> str:
+    """A sentence on the explainers whose pictures are coarser than what was scored; empty where there is none."""
+    titles = [material.titles[e] for e in material.cube.explainers if e in material.averaged]
+    if not titles:
+        return ""
+    named = " and ".join([", ".join(titles[:-1]), titles[-1]] if len(titles) > 1 else titles)
+    return (
+        f"{named}: scores are of the full map (pixels or superpixels), pictures show what a run stores of it, the mean "
+        "in each of the model's patches, drawn as squares."
+    )
 
 
 def shown_metrics(metrics: Sequence[MetricInfo], number: int) -> tuple[ShownMetric, ...]:
@@ -126,7 +161,11 @@ def shown_metrics(metrics: Sequence[MetricInfo], number: int) -> tuple[ShownMetr
         letter = FAMILY_LETTERS.get(metric.family, metric.title[:1].upper())
         if families.count(metric.family) > 1:
             letter += str(families[: k + 1].count(metric.family))
-        shown.append(ShownMetric(place=place, letter=letter, title=f"{metric.title} {metric.arrow}".strip()))
+        shown.append(
+            ShownMetric(
+                label=metrics[place].label, place=place, letter=letter, title=f"{metric.title} {metric.arrow}".strip()
+            )
+        )
     return tuple(shown)
 
 
@@ -183,7 +222,8 @@ def overlay_rgb(image_id: str, explainer: str, material: Material) -> NDArray[np
         return None
     picture = material.pictures.get(image_id)
     grey_HW = picture.grey_HW if picture else np.full((224, 224), _BLANK, np.float32)
-    rgb = composite(grey_HW, stored.grid_hw, signed=material.signed[explainer])
+    options = OverlayOptions(upsampling=material.upsampling[explainer])
+    rgb = composite(grey_HW, stored.grid_hw, signed=material.signed[explainer], options=options)
     return _with_outline(rgb, image_id, material)
 
 
@@ -231,9 +271,8 @@ def score_lines(image_id: str, explainer: str, material: Material, shown: Sequen
     e, i = cube.explainers.index(explainer), cube.image_ids.index(image_id)
     texts = []
     for metric in shown:
-        column = means_EMI[e, metric.place]
-        digits = 2 if not (np.abs(column[np.isfinite(column)]) >= 100).any() else 0
-        texts.append(f"{metric.letter} {number(float(column[i]), digits)}")
+        score = float(means_EMI[e, metric.place, i])
+        texts.append(f"{metric.letter} {number(score, material.digits[metric.label])}")
     return tuple("  ".join(texts[k : k + 2]) for k in range(0, len(texts), 2))
 
 

@@ -11,7 +11,16 @@ from xaibatch.results.report_choice import Choice, best_and_worst, disagreements
 from xaibatch.results.report_figure import Material, outline_of
 from xaibatch.results.report_images import load_maps, load_pictures
 from xaibatch.results.study import Study
+from xaibatch.results.summary import column_digits
 from xaibatch.seeding import keyed_generator
+
+EXPLAINED: Mapping[str, str] = {
+    "predicted": "Where an explainer tells classes apart, its map explains the class that the model predicts for that "
+    "image; p is its probability.",
+    "label": "Where an explainer tells classes apart, its map explains the true class of the image; p is the "
+    "probability of the predicted one.",
+}
+"""What the pictures are of, by the run's `target`."""
 
 
 class ReportOptions(Options):
@@ -62,6 +71,10 @@ def make_gallery(run: Run, made: Study, options: ReportOptions) -> Gallery:
     with_pixels = chosen_images(with_maps, shown, options.max_pixels, made.seed)
     pictures = load_pictures(run, [*shown, *with_pixels])
     rows = run.predictions.arrow(["image_id", "predicted", "probabilities"]).to_pylist()
+    entries = run.record.get("explainers", {})
+    averaged = frozenset(e for e in cube.explainers if entries.get(e, {}).get("granularity", "token") != "token")
+    upsampling = run.config.get("maps", {}).get("upsampling", "bilinear")
+    summaries = made.summaries[made.groups[0].title]
     material = Material(
         cube=cube,
         pictures=pictures.found,
@@ -69,6 +82,10 @@ def make_gallery(run: Run, made: Study, options: ReportOptions) -> Gallery:
         probabilities=probabilities_of(rows, tuple(run.record.get("model", {}).get("class_names", ()))),
         titles=made.titles,
         signed=made.signed,
+        digits={m.label: column_digits([summaries[e, m.label] for e in cube.explainers]) for m in cube.metrics},
+        upsampling={e: "nearest" if e in averaged else upsampling for e in cube.explainers},
+        averaged=averaged,
+        explained=EXPLAINED.get(str(run.config.get("target")), ""),
         outline=outline_of(pictures.found.values()),
     )
     return Gallery(

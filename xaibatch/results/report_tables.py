@@ -132,13 +132,13 @@ def pair_table(
     """Every pair of explainers under every metric."""
     rows = []
     for (first, second, label), c in pairs.items():
-        digits = _difference_digits(c)
+        digits = difference_digits(c)
         rows.append(
             (
                 Cell(text=metrics[label].title, key=metrics[label].title),
                 Cell(text=titles[first], key=titles[first]),
                 Cell(text=titles[second], key=titles[second]),
-                Cell(text=_difference(c, digits), key=c.mean_difference if c.num_images else None),
+                Cell(text=difference_text(c, digits), key=c.mean_difference if c.num_images else None),
                 Cell(text=number(c.effect_size, 2), key=_finite(c.effect_size)),
                 Cell(text=f"{100 * c.wins:.0f}%" if np.isfinite(c.wins) else "–", key=_finite(c.wins)),
                 Cell(text=p_text(c.p_holm), key=c.p_holm),
@@ -180,7 +180,7 @@ _SIGNS = {"better": "▲", "worse": "▼", "higher": "▲", "lower": "▼", "und
 
 
 def _matrix_cell(c: Comparison, turned: bool) -> Cell:
-    digits = _difference_digits(c)
+    digits = difference_digits(c)
     verdict = TURNED.get(c.verdict, c.verdict) if turned else c.verdict
     difference = -c.mean_difference if turned else c.mean_difference
     sign = "+" if difference > 0 else ""
@@ -335,7 +335,8 @@ def look(verdict: str) -> str:
     return {"better": "up", "higher": "up", "worse": "down", "lower": "down"}.get(verdict, "open")
 
 
-def _difference(c: Comparison, digits: int) -> str:
+def difference_text(c: Comparison, digits: int) -> str:
+    """Mean difference with its 95% interval; ° where nearly all differences are equal."""
     if not c.num_images:
         return "–"
     text = number(c.mean_difference, digits)
@@ -344,7 +345,8 @@ def _difference(c: Comparison, digits: int) -> str:
     return text + ("°" if c.alike else "")
 
 
-def _difference_digits(c: Comparison) -> int:
+def difference_digits(c: Comparison) -> int:
+    """Digits after the point that show two figures of the interval's half width."""
     if c.interval is None or c.interval.high <= c.interval.low:
         return 3
     return int(np.clip(1 - np.floor(np.log10((c.interval.high - c.interval.low) / 2)), 0, 5))

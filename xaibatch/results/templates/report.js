@@ -70,7 +70,11 @@
     }
     return pixels.get(item.id);
   }
-  function sample(values, rows, columns, signed, y, x, height, width) {
+  function sample(values, rows, columns, nearest, signed, y, x, height, width) {
+    if (nearest) {
+      const row = Math.min(Math.floor((y + 0.5) * rows / height), rows - 1), column = Math.min(Math.floor((x + 0.5) * columns / width), columns - 1);
+      return signed ? (values[row * columns + column] - 128) / 127 : values[row * columns + column] / 255;
+    }
     // half-pixel centres, clamped at the border: as the maps are upsampled for scoring
     const fy = Math.min(Math.max((y + 0.5) * rows / height - 0.5, 0), rows - 1), fx = Math.min(Math.max((x + 0.5) * columns / width - 0.5, 0), columns - 1);
     const y0 = Math.min(Math.floor(fy), Math.max(rows - 2, 0)), x0 = Math.min(Math.floor(fx), Math.max(columns - 2, 0));
@@ -78,28 +82,27 @@
     const v = (values[y0 * columns + x0] * (1 - tx) + values[y0 * columns + x1] * tx) * (1 - ty) + (values[y1 * columns + x0] * (1 - tx) + values[y1 * columns + x1] * tx) * ty;
     return signed ? (v - 128) / 127 : v / 255;
   }
-  function draw(canvas, image, map, signed, side) {
+  function draw(canvas, image, map, explainer, side) {
     const width = image ? image.naturalWidth : side, height = image ? image.naturalHeight : side;
     canvas.width = width; canvas.height = height;
     const context = canvas.getContext("2d");
     if (image) context.drawImage(image, 0, 0); else { context.fillStyle = "#1f1f1f"; context.fillRect(0, 0, width, height); }
     if (!map) return;
-    const rows = map[0], columns = map[1], values = bytes(map[2]), lut = signed ? colours.signed : colours.positive;
+    const signed = explainer.signed, rows = map[0], columns = map[1], values = bytes(map[2]), lut = signed ? colours.signed : colours.positive;
     const strongest = Number($("b-opacity").value) * data.opacity.max, frame = context.getImageData(0, 0, width, height), p = frame.data;
     for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
-      const v = sample(values, rows, columns, signed, y, x, height, width);
+      const v = sample(values, rows, columns, explainer.nearest, signed, y, x, height, width);
       const c = 3 * Math.round(255 * Math.min(Math.max(signed ? (v + 1) / 2 : v, 0), 1));
       const a = strongest * Math.pow(Math.min(Math.abs(signed ? v : Math.max(v, 0)), 1), data.opacity.power), o = 4 * (y * width + x);
       for (let k = 0; k < 3; k++) p[o + k] = p[o + k] * (1 - a) + lut[c + k] * a;
     }
     context.putImageData(frame, 0, 0);
   }
-  function paint(canvas, item, e, side) { loadPixels(item).then(function (image) { draw(canvas, image, e === null ? null : item.maps[e], e !== null && data.explainers[e].signed, side); }); }
-  function number(value) {
+  function paint(canvas, item, e, side) { loadPixels(item).then(function (image) { draw(canvas, image, e === null ? null : item.maps[e], e === null ? null : data.explainers[e], side); }); }
+  function number(value, m) {
     if (value === null) return "not scored";
-    const size = Math.abs(value);
-    const text = size >= 1000 ? value.toLocaleString("en", { maximumFractionDigits: 0 }) : size >= 10 ? value.toFixed(1) : value.toFixed(3);
-    return text.replace("-", "−");
+    const digits = data.metrics[m].digits, text = value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+    return (/[1-9]/.test(text) ? text : text.replace("-", "")).replace("-", "−");
   }
   function element(name, text, parent, look) { const e = document.createElement(name); if (text) e.textContent = text; if (look) e.className = look; parent.appendChild(e); return e; }
   const outcome = function (item) { return item.label === null || item.predicted === null ? "" : item.label === item.predicted ? "correct" : "wrong"; };
@@ -133,7 +136,7 @@
       const canvas = element("canvas", "", card);
       canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", data.explainers[e].title + " on " + item.id);
       paint(canvas, item, e, 160);
-      element("b", number(scoreOf(item, e, m)), card).title = data.metrics[m].title;
+      element("b", number(scoreOf(item, e, m), m), card).title = data.metrics[m].title;
       element("span", item.label === null ? "no label" : item.label, card);
       element("span", said(item), card, outcome(item) === "wrong" ? "wrong" : "").title = said(item);
       element("span", item.id, card).title = item.id;
@@ -156,7 +159,7 @@
       paint(canvas, item, e, 160);
       element("figcaption", explainer.title + (item.maps[e] === null ? " (no map to show)" : ""), figure);
       const table = element("table", "", figure);
-      data.metrics.forEach(function (metric, m) { const row = element("tr", "", table); element("td", metric.title, row).style.textAlign = "left"; element("td", number(scoreOf(item, e, m)), row); });
+      data.metrics.forEach(function (metric, m) { const row = element("tr", "", table); element("td", metric.title, row).style.textAlign = "left"; element("td", number(scoreOf(item, e, m), m), row); });
     });
     $("b-dialog").showModal();
   }
