@@ -5,7 +5,7 @@ labels, images by their ids; what only one run has is counted and left out.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xaibatch.errors import RunFolderError
-from xaibatch.results.cube import ScoreCube, metric_info, score_cube
+from xaibatch.results.cube import MetricInfo, ScoreCube, metric_info, score_cube
 from xaibatch.results.frames import Run, open_run
 from xaibatch.results.report_tables import WORDS, more_text, number, p_text
 from xaibatch.results.statistics_paired import Comparison
@@ -32,6 +32,7 @@ _NOT_SETTINGS = frozenset({"forward_passes_per_second"})
 class RunComparison:
     """`scores`: (explainer, metric) -> second run minus first, verdict of the second run, one family for Holm.
 
+    metrics: what both runs say of a metric; no direction where options turned it round in one of them.
     settings: dotted key of `run.json` -> values in the first and the second run.
     num_shared, num_only_first, num_only_second: images with scores.
     num_changed: shared images whose predicted class differs; `accuracy` of both runs on the shared labelled images, or
@@ -41,6 +42,7 @@ class RunComparison:
     first: str
     second: str
     settings: Mapping[str, tuple[Any, Any]]
+    metrics: Mapping[str, MetricInfo]
     scores: Mapping[tuple[str, str], Comparison]
     num_shared: int
     num_only_first: int
@@ -74,7 +76,8 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         for cube, n, row in zip(cubes, names, rows, strict=True)
     ]
     differences_IK = (values[1] - values[0]).reshape(-1, len(images)).T
-    judged = [metric_info(m, runs[0].record) for _ in explainers for m in metrics]
+    infos = {m: _in_both(metric_info(m, runs[0].record), metric_info(m, runs[1].record)) for m in metrics}
+    judged = [infos[m] for _ in explainers for m in metrics]
     found = compare_columns(
         differences_IK,
         first.clusters_I[rows[0]],
@@ -89,6 +92,7 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         first=runs[0].name,
         second=runs[1].name,
         settings=setting_differences(runs[0].record, runs[1].record),
+        metrics=infos,
         scores=dict(zip([(e, m) for e in explainers for m in metrics], found, strict=True)),
         num_shared=len(images),
         num_only_first=first.num_images - len(images),
@@ -119,7 +123,7 @@ def print_comparison(first_url: str, second_url: str, console: Console | None = 
     console.print(_settings_table(found) if found.settings else Text("no setting differs"))
     for line in _image_lines(found):
         console.print(line, highlight=False, markup=False)
-    console.print(_score_table(found, open_run(first_url).record))
+    console.print(_score_table(found))
     console.print(
         "paired over the same images; p-values by sign flips of patients, corrected by Holm over all rows",
         style="dim",
@@ -166,7 +170,16 @@ def _image_lines(found: RunComparison) -> list[str]:
     return lines
 
 
-def _score_table(found: RunComparison, record: Mapping[str, Any]) -> Table:
+def _in_both(first: MetricInfo, second: MetricInfo) -> MetricInfo:
+    """The direction if they agree, and the range that holds both."""
+    return replace(
+        first,
+        higher_is_better=first.higher_is_better if first.higher_is_better == second.higher_is_better else None,
+        bounds=(min(first.bounds[0], second.bounds[0]), max(first.bounds[1], second.bounds[1])),
+    )
+
+
+def _score_table(found: RunComparison) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("explainer", "metric"):
         table.add_column(name, overflow="fold")
@@ -179,13 +192,12 @@ def _score_table(found: RunComparison, record: Mapping[str, Any]) -> Table:
         difference = number(c.mean_difference, digits)
         if c.interval:
             difference += f" [{number(c.interval.low, digits)}, {number(c.interval.high, digits)}]"
-        arrow = metric_info(metric, record).arrow
         table.add_row(
             *map(
                 Text,
                 (
                     explainer,
-                    f"{metric} {arrow}".strip(),
+                    f"{metric} {found.metrics[metric].arrow}".strip(),
                     difference,
                     number(c.effect_size, 2),
                     p_text(c.p_holm),
