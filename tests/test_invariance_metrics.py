@@ -229,7 +229,6 @@ def cause(
     condition = {
         "relative_input_stability": peak / maps[1][maps[1] > 0].min(),
         "relative_output_stability": peak / maps[1][maps[1] > 0].min(),
-        "relevance_mass_accuracy": maps[1].sum() / abs(in_b.maps[image_id, explainer].sum()),
     }.get(metric, 0.0)
     rounding = max(np.abs(maps[0] - maps[1]).max() / peak, 1e-6)  # of the map; those of copies have about as much
     allowed = 4 * rounding * condition

@@ -101,6 +101,10 @@ def test_input_invariance_shifts_the_bias_of_a_first_convolution() -> None:
     assert [outcome.value for outcome in wrong] == [0.0, 0.0]
 
 
+OTHER_DIRECTION = {"RegionPerturbation": True, "Consistency": True, "RelevanceMassAccuracy": None}
+"""Where the formula says otherwise than Quantus's `score_direction`."""
+
+
 def test_the_list_of_names_is_the_list_of_quantus() -> None:
     base = quantus.metrics.base.Metric
     installed = {
@@ -111,11 +115,72 @@ def test_the_list_of_names_is_the_list_of_quantus() -> None:
     assert installed - {"ModelParameterRandomisation"} == set(QUANTUS_METRICS)
     for name, facts in QUANTUS_METRICS.items():
         kind = getattr(quantus, name)
-        assert facts.higher_is_better == (kind.score_direction.value == "higher"), name
         found = QuantusFacts.of(kind)
-        assert (found.name, found.higher_is_better) == (name, facts.higher_is_better)
+        assert (found.name, found.higher_is_better) == (name, kind.score_direction.value == "higher")
+        assert facts.higher_is_better == OTHER_DIRECTION.get(name, found.higher_is_better), name
+        assert facts.direction({}) == facts.higher_is_better
         if kind.evaluation_category.value != "Axiomatic":
             assert found.family == facts.family, name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "higher_is_better"),
+    [
+        ("RegionPerturbation", {}, True),
+        ("RegionPerturbation", {"order": "lerf"}, False),
+        ("RegionPerturbation", {"order": "random"}, None),
+        ("RelevanceMassAccuracy", {"abs": True}, True),
+        ("Sparseness", {}, True),
+        ("Sparseness", {"abs": False}, None),
+        ("AttributionLocalisation", {"abs": False}, None),
+        ("AttributionLocalisation", {"abs": False, "positive_attributions": True}, True),
+        ("IROF", {"softmax": True}, True),
+        ("IROF", {"softmax": False}, None),
+        ("MPRT", {"similarity_func": "correlation_pearson"}, False),
+        ("MPRT", {"similarity_func": "distance_euclidean"}, None),
+        ("RandomLogit", {"similarity_func": "cosine"}, None),
+        ("AvgSensitivity", {"similarity_func": "difference"}, False),
+        ("AvgSensitivity", {"similarity_func": "correlation_pearson"}, None),
+        ("EfficientMPRT", {"complexity_func": "entropy"}, True),
+        ("EfficientMPRT", {"complexity_func": "gini_coeffiient"}, None),
+    ],
+)
+def test_the_direction_follows_the_options(name: str, options: dict[str, Any], higher_is_better: bool | None) -> None:
+    metric = quantus_metric(name)(**options)
+    assert metric.higher_is_better is higher_is_better
+    assert pickle.loads(pickle.dumps(metric)).higher_is_better is higher_is_better
+
+
+def test_region_perturbation_of_quantus_is_larger_for_the_map_that_is_right() -> None:
+    """The drop, most relevant region first: larger for the exact relevance of a linear model than for its reverse."""
+    bench = Bench(num=3)
+    weights = np.kron(np.random.default_rng(1).exponential(size=(4, 4)), np.ones((8, 8))) / 100
+    bench.x = np.abs(bench.x)
+    bench.model.forward = lambda x: (  # type: ignore[method-assign]
+        (x.double() * x.new_tensor(weights)).sum((1, 2, 3))[:, None] * x.new_tensor([1.0, -1.0, 0.0])
+    )
+    bench.y = np.zeros(3, int)
+    exact = (weights * bench.x.sum(1)).astype(np.float32)
+    for order, higher_is_better in (("morf", True), ("lerf", False)):
+        metric = quantus_metric("RegionPerturbation")(patch_size=8, order=order)
+        bench.maps = exact
+        right = [outcome.value for outcome in outcomes_of(metric, bench)]
+        bench.maps = exact.max() - exact
+        wrong = [outcome.value for outcome in outcomes_of(metric, bench)]
+        assert [(a > b) == higher_is_better for a, b in zip(right, wrong, strict=True)] == [True] * 3
+        assert metric.higher_is_better is higher_is_better
+
+
+def test_consistency_of_quantus_is_the_share_of_equal_explanations_that_are_predicted_alike() -> None:
+    """Four images, the first two explained alike and the last two alike; the first two predicted alike too."""
+    bench = Bench(num=4)
+    bench.maps = np.where(np.arange(4)[:, None, None] < 2, 1.0, -1.0) * np.ones((4, 32, 32), np.float32)
+    bench.maps[:, 0, 0] *= 0.5  # Quantus refuses a map of one value
+    predicted = iter([[0, 0, 1, 2]] * 9)
+    bench.model.forward = lambda x: torch.eye(3, dtype=torch.float64)[next(predicted)]  # type: ignore[method-assign]
+    metric = quantus_metric("Consistency")(abs=False, discretise_func="sign")
+    assert [outcome.value for outcome in outcomes_of(metric, bench)] == pytest.approx([1, 1, 0, 0])
+    assert metric.higher_is_better is True
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_quantus_changes_its_callers_map_where_it_may() -> None:
 LOCALISATION: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "pointing_game": ({}, "PointingGame", {}),
     "top_k_intersection": ({"k": 90}, "TopKIntersection", {"k": 90}),
-    "relevance_mass_accuracy": ({}, "RelevanceMassAccuracy", {}),
+    "relevance_mass_accuracy": ({"mass": "signed"}, "RelevanceMassAccuracy", {}),
     "relevance_rank_accuracy": ({}, "RelevanceRankAccuracy", {}),
     "attribution_localisation": ({}, "AttributionLocalisation", {}),
     "localisation_auc": ({}, "AUC", {}),
@@ -152,6 +152,7 @@ def test_quantus_normalises_by_the_peak_of_the_whole_call() -> None:
         ("attribution_localisation", {"positive_attributions": True, "abs": False}, "AttributionLocalisation",
          {"positive_attributions": True, "abs": False}),
         ("relevance_mass_accuracy", {"abs": True}, "RelevanceMassAccuracy", {"abs": True}),
+        ("relevance_mass_accuracy", {"abs": True, "mass": "signed"}, "RelevanceMassAccuracy", {"abs": True}),
         ("localisation_auc", {"abs": True, "normalise": False}, "AUC", {"abs": True, "normalise": False}),
     ],
 )  # fmt: skip
@@ -214,16 +215,17 @@ def test_relevance_outside_the_lungs_counts_positive_relevance_before_normalisat
 
 
 def test_negative_relevance_that_leaves_a_share_undefined_is_named() -> None:
-    """Entropy of a negative share; a mask that holds more than the whole; a signed map whose sum is mere rounding."""
+    """A mask that holds more than the whole, which Quantus calls undefined or scores as 2; a signed map whose sum is
+    mere rounding."""
     bench = Bench(num=1, masks=np.kron([[[True, True], [False, False]]], np.ones((16, 16), bool)))
     bench.maps = np.kron(np.array([[[3.0, -1.0], [-1.0, 0.0]]]), np.ones((16, 16)))
-    assert status_of(lambda: bench.native(METRICS["complexity"](abs=False), 0)) == NEGATIVE_MAP
     assert status_of(lambda: bench.native(METRICS["attribution_localisation"](abs=False), 0)) == NEGATIVE_MAP
-    near(bench.native(METRICS["relevance_mass_accuracy"](), 0), 2.0, 1e-12)
+    assert np.isnan(bench.quantus("AttributionLocalisation", abs=False)[0])
+    near([bench.native(METRICS["relevance_mass_accuracy"](mass="signed"), 0)], [2.0], 1e-12)
+    near(bench.quantus("RelevanceMassAccuracy"), [2.0])
     bench.maps = np.kron(np.array([[[0.1, 0.2], [-0.3, 0.0]]]), np.ones((16, 16)))
     assert bench.maps.sum() != 0
-    for name in ("relevance_mass_accuracy", "attribution_localisation"):
-        assert status_of(lambda name=name: bench.native(METRICS[name](abs=False), 0)) == ZERO_DENOMINATOR
+    assert status_of(lambda: bench.native(METRICS["relevance_mass_accuracy"](mass="signed"), 0)) == ZERO_DENOMINATOR
 
 
 MAP_METRICS = (*COMPLEXITY, *LOCALISATION, "relevance_outside_lungs")

@@ -151,15 +151,16 @@ class VariantView:
 
 
 class Metric(ABC):
-    """One metric with its options fixed. Class attributes are what `xaibatch list metrics` prints."""
+    """One metric with its options fixed. Class attributes hold for the default options, an instance's for its own."""
 
     name: ClassVar[str]
     title: ClassVar[str]
     family: ClassVar[Literal["faithfulness", "robustness", "complexity", "localisation", "randomisation", "causal"]]
     paper: ClassVar[str]
-    higher_is_better: ClassVar[bool | None]
+    higher_is_better: bool | None
+    """None: neither is better, and reports compare without a verdict. An option may decide."""
     bounds: tuple[float, float]
-    """Lowest and highest possible score. An instance's may be narrower than its class's where an option decides."""
+    """Lowest and highest possible score, infinite where there is no limit. An option may decide."""
     needs: frozenset[str] = frozenset()
     """Any of `image`, `mask`, `label`, `twin`. An instance may need more than its class where an option decides."""
     across_images: ClassVar[bool] = False

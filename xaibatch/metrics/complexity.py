@@ -10,8 +10,7 @@ import numpy as np
 from xaibatch.errors import NotScoredError
 from xaibatch.metrics.base import METRICS, MapMetric, MapView
 from xaibatch.metrics.reading import MapReading, read_map
-from xaibatch.metrics.similarity import FLAT
-from xaibatch.types import NEGATIVE_MAP, ZERO_DENOMINATOR
+from xaibatch.types import NEGATIVE_MAP
 
 
 class ComplexityOptions(MapReading):
@@ -23,6 +22,7 @@ class Sparseness(MapMetric):
     """Gini index of |map| (Chalasani et al. 2020): 0 all pixels alike, towards 1 one pixel holds everything.
 
     As Quantus 0.6 1e-7 is added to every value first. Quantus adds it to the caller's array; here nothing is changed.
+    Without `abs` a map with negative values is not scored: its index has no limits, and no sign where they prevail.
     """
 
     name = "sparseness"
@@ -39,10 +39,10 @@ class Sparseness(MapMetric):
 
     def score(self, view: MapView) -> float:
         sorted_N = np.sort(read_map(view.pixels_HW, self.options), axis=None) + self.OFFSET
-        n, total = sorted_N.size, sorted_N.sum()
-        if abs(total) <= FLAT * np.abs(sorted_N).sum():
-            raise NotScoredError(ZERO_DENOMINATOR, "the signed map sums to zero")
-        return float((2 * np.arange(1, n + 1) - n - 1) @ sorted_N / (n * total))
+        if sorted_N[0] < 0:
+            raise NotScoredError(NEGATIVE_MAP, "the Gini index of a map with negative values is undefined: set abs")
+        n = sorted_N.size
+        return float((2 * np.arange(1, n + 1) - n - 1) @ sorted_N / (n * sorted_N.sum()))
 
 
 @METRICS.register("complexity")

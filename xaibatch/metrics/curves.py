@@ -3,6 +3,7 @@
 Shape letters: C channels, H W pixels, N entries, S steps.
 """
 
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -84,6 +85,16 @@ class Area(Options):
             return float(curve_S.sum())
         area = trapezoid(curve_S)
         return area / (len(curve_S) - 1) if self.auc == "unit" else area
+
+    def area_bounds(self, lowest: float, highest: float) -> tuple[float, float]:
+        """Lowest and highest area under a curve of any length between two heights.
+
+        >>> Area(auc="steps").area_bounds(0.0, 1.0)
+        (0.0, inf)
+        """
+        if self.auc == "unit":
+            return lowest, highest
+        return -inf if lowest < 0 else 0.0, inf if highest > 0 else 0.0
 
 
 def num_steps(options: Steps, shape_CHW: tuple[int, int, int], patch_size: int) -> int:

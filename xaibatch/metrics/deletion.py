@@ -3,7 +3,7 @@
 Shape letters: C channels, H W pixels, N entries, S steps.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,10 @@ class PixelFlipping(PlanMetric):
     Options = PixelFlippingOptions
     options: PixelFlippingOptions
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.bounds = self.options.area_bounds(*self.options.output_bounds)
+
     def plan(self, view: ImageView) -> PerturbationPlan:
         return removal_plan(view, self.options)
 
@@ -84,9 +88,9 @@ class RiseOptions(MapReading, OutputReading):
 
 
 class RiseCurve(PlanMetric):
-    """Area under the probability while pixels are removed from, or put into, the image by falling relevance, in [0, 1].
+    """Area under the output while pixels are removed from, or put into, the image by falling relevance.
 
-    Petsiuk et al. 2018: both ends belong to the curve, the trapezoid rule, divided by the
+    In [0, 1] for probabilities. Petsiuk et al. 2018: both ends belong to the curve, the trapezoid rule, divided by the
     number of steps. The end that is the image itself costs no forward pass.
     """
 
@@ -96,6 +100,10 @@ class RiseCurve(PlanMetric):
     Options = RiseOptions
     options: RiseOptions
     direction: Literal["delete", "insert"]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.bounds = self.options.output_bounds
 
     def plan(self, view: ImageView) -> PerturbationPlan:
         assert isinstance(view, MapView)

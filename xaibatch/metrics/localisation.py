@@ -3,7 +3,8 @@
 Shape letters: H W pixels, N = H*W.
 """
 
-from typing import Any, ClassVar
+from math import inf
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from pydantic import Field
 from xaibatch.errors import NotScoredError
 from xaibatch.metrics.base import METRICS, MapMetric, MapView
 from xaibatch.metrics.curves import order_of
-from xaibatch.metrics.reading import MapReading, positive_mass, read_map
+from xaibatch.metrics.reading import MapReading, own_pixels, positive_mass, read_map
 from xaibatch.metrics.similarity import FLAT, mean_ranks
 from xaibatch.metrics.ties import levels
 from xaibatch.options import Options
@@ -30,7 +31,7 @@ class LocalisationMetric(MapMetric):
     """Base: which map and mask are compared."""
 
     family = "localisation"
-    higher_is_better = True
+    higher_is_better: bool | None = True
     bounds = (0.0, 1.0)
     needs = frozenset({"mask"})
     Options: ClassVar[type[Options]] = MaskedMap
@@ -82,9 +83,13 @@ class TopKIntersection(LocalisationMetric):
     name = "top_k_intersection"
     title = "Top-K Intersection"
     paper = "Theiner et al. 2022, Interpretable semantic photo geolocation"
-    bounds = (0.0, float("inf"))
     Options = TopKIntersectionOptions
     options: TopKIntersectionOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.options.concept_influence:
+            self.bounds = (0.0, inf)
 
     def score(self, view: MapView) -> float:
         values_N, mask_N = self.read(view)
@@ -92,19 +97,38 @@ class TopKIntersection(LocalisationMetric):
         return share * len(mask_N) / float(mask_N.sum()) if self.options.concept_influence else share
 
 
+class RelevanceMassOptions(MaskedMap):
+    mass: Literal["positive", "signed"] = "positive"
+    """`positive`: the positive part of the explainer's own map, before the run's normalisation (`abs`: its magnitude);
+    `signed`: the sum of all values of the map as other metrics read it (Quantus 0.6), which is a share only where none
+    is negative, and may be anything where positive and negative ones nearly cancel."""
+
+
 @METRICS.register("relevance_mass_accuracy")
 class RelevanceMassAccuracy(LocalisationMetric):
-    """Relevance in the mask over all relevance (Arras et al. 2022); in [0, 1] for maps without negative
-    values, unbounded where positive and negative relevance nearly cancel."""
+    """Share of the map's positive relevance that lies in the mask, 0 to 1 (Arras et al. 2022).
+
+    The paper has heatmaps without negative values. Quantus 0.6 divides signed sums; under `mass="signed"` so does this,
+    with neither limits nor a direction (unless `abs` is set).
+    """
 
     name = "relevance_mass_accuracy"
     title = "Relevance Mass Accuracy"
     paper = "Arras et al. 2022, CLEVR-XAI: a benchmark dataset for the ground truth evaluation of explanations"
-    bounds = (float("-inf"), float("inf"))
+    Options = RelevanceMassOptions
+    options: RelevanceMassOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.options.mass == "signed" and not self.options.abs:
+            self.higher_is_better, self.bounds = None, (-inf, inf)
 
     def score(self, view: MapView) -> float:
-        values_N, mask_N = self.read(view)
-        return _share(values_N, mask_N, "the signed map sums to zero")
+        if self.options.mass == "signed":
+            return _share(*self.read(view), "the signed map sums to zero")
+        mask_HW = view.mask(self.options.mask)
+        mass_HW = np.abs(own_pixels(view)) if self.options.abs else positive_mass(view)
+        return _share(mass_HW, mask_HW, "the map has no positive relevance")
 
 
 @METRICS.register("relevance_rank_accuracy")
@@ -132,25 +156,35 @@ class AttributionLocalisationOptions(MaskedMap):
 
 @METRICS.register("attribution_localisation")
 class AttributionLocalisation(LocalisationMetric):
-    """Relevance in the mask over all relevance, of |map| by default (Kohlbrenner et al. 2020)."""
+    """Relevance in the mask over all relevance, of |map| by default (Kohlbrenner et al. 2020).
+
+    Without `abs` and `positive_attributions` a map with negative values is not scored: its parts may exceed the whole.
+    Quantus 0.6 gives NaN only where more than the whole lies in the mask.
+    """
 
     name = "attribution_localisation"
     title = "Attribution Localisation"
     paper = "Kohlbrenner et al. 2020, Towards best practice in explaining neural network decisions with LRP"
-    bounds = (0.0, float("inf"))
     Options = AttributionLocalisationOptions
     options: AttributionLocalisationOptions
 
     OFFSET = 1e-9
     """Added to the total, as the reference does."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.options.weighted:
+            self.bounds = (0.0, inf)
+
     def score(self, view: MapView) -> float:
         values_N, mask_N = self.read(view)
         if self.options.positive_attributions:
             values_N = np.maximum(values_N, 0)
+        if (values_N < 0).any():
+            raise NotScoredError(
+                NEGATIVE_MAP, "a share of signed relevance is undefined: set abs or positive_attributions"
+            )
         share = _share(values_N, mask_N, "no relevance to localise", self.OFFSET)
-        if share > 1:
-            raise NotScoredError(NEGATIVE_MAP, f"{share:g} of the relevance lies in the mask: negative values cancel")
         return share / float(mask_N.mean()) if self.options.weighted else share
 
 

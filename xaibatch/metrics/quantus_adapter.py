@@ -65,6 +65,10 @@ class QuantusMetric(Metric):
     Options = QuantusOptions
     options: QuantusOptions
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.higher_is_better = self.facts.direction(self.options.model_dump())
+
     def check(self) -> None:
         """Build the Quantus object once: ConfigError for an unknown or refused argument."""
         with redirect_stdout(io.StringIO()):  # Quantus prints advice

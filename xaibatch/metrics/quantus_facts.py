@@ -1,5 +1,6 @@
 """What is known of every Quantus 0.6 metric without importing Quantus: family, direction, and what its call needs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -11,6 +12,7 @@ Family = Literal["faithfulness", "robustness", "complexity", "localisation", "ra
 class QuantusFacts:
     """One Quantus class.
 
+    higher_is_better:   under Quantus's default options, None if neither is; see `direction`.
     needs_explanations: explains changed images, classes or models during the call.
     needs_model:        reads weights or hidden layers, so that a replica's outputs are not enough.
     changes_weights:    explains models with changed weights.
@@ -29,6 +31,30 @@ class QuantusFacts:
     across_images: bool = False
     smooths: bool = False
     refused: str = ""
+
+    def direction(self, options: Mapping[str, Any]) -> bool | None:
+        """Whether higher is better under these options of the metric; None where neither is or it hangs on the image.
+
+        It differs from what Quantus declares for the class where its formula says otherwise: Region Perturbation
+        measures the drop, Consistency the share of equally explained images that are predicted alike.
+        """
+        if self.name == "RegionPerturbation":
+            return {"morf": True, "lerf": False}.get(options.get("order", "morf"))
+        if self.name == "RelevanceMassAccuracy":  # of signed sums: see the native metric
+            return True if options.get("abs") else None
+        signed = not options.get("abs", True) and not options.get("positive_attributions")
+        if self.name in ("Sparseness", "AttributionLocalisation") and signed:
+            return None
+        if self.name == "IROF" and options.get("softmax") is False:  # relative to a logit, which may be negative
+            return None
+        compared = options.get("similarity_func")
+        if compared is not None and self.name in _COMPARED:
+            is_likeness = getattr(compared, "__name__", compared) in _LIKENESSES
+            return self.higher_is_better if is_likeness == _COMPARED[self.name] else None
+        measured = options.get("complexity_func")
+        if measured is not None and self.name == "EfficientMPRT":
+            return True if getattr(measured, "__name__", measured) in ("entropy", "discrete_entropy") else None
+        return self.higher_is_better
 
     @classmethod
     def of(cls, kind: Any) -> "QuantusFacts":
@@ -54,7 +80,28 @@ class QuantusFacts:
         )
 
 
-def _plain(names: str, family: Family, higher_is_better: bool, **facts: bool) -> list[QuantusFacts]:
+_LIKENESSES: Final = frozenset({"correlation_pearson", "correlation_spearman", "correlation_kendall_tau", "ssim"})
+"""Quantus's `similarity_func`s that are larger the more alike their arguments; all others are distances."""
+
+_COMPARED: Final = MappingProxyType(
+    dict.fromkeys(
+        (
+            "FaithfulnessCorrelation",
+            "FaithfulnessEstimate",
+            "MonotonicityCorrelation",
+            "SensitivityN",
+            "RandomLogit",
+            "MPRT",
+            "SmoothMPRT",
+        ),
+        True,
+    )
+    | dict.fromkeys(("AvgSensitivity", "MaxSensitivity", "LocalLipschitzEstimate"), False)
+)
+"""Metrics with a `similarity_func`, and whether their direction is that of a likeness (True) or of a distance."""
+
+
+def _plain(names: str, family: Family, higher_is_better: bool | None, **facts: bool) -> list[QuantusFacts]:
     return [
         QuantusFacts(name=name, family=family, higher_is_better=higher_is_better, **facts)  # type: ignore[arg-type]
         for name in names.split()
@@ -64,7 +111,8 @@ def _plain(names: str, family: Family, higher_is_better: bool, **facts: bool) ->
 _ALL: Final = (
     *_plain("FaithfulnessCorrelation FaithfulnessEstimate IROF", "faithfulness", True),
     *_plain("Monotonicity MonotonicityCorrelation", "faithfulness", True),
-    *_plain("PixelFlipping RegionPerturbation Selectivity ROAD Infidelity", "faithfulness", False),
+    *_plain("PixelFlipping Selectivity ROAD Infidelity", "faithfulness", False),
+    *_plain("RegionPerturbation", "faithfulness", True),
     *_plain("SensitivityN Sufficiency", "faithfulness", True, across_images=True),
     *_plain("Completeness", "faithfulness", True),
     *_plain("NonSensitivity", "faithfulness", False),
@@ -74,15 +122,16 @@ _ALL: Final = (
     ),
     *_plain("RelativeInputStability RelativeOutputStability", "robustness", False, needs_explanations=True),
     *_plain("RelativeRepresentationStability", "robustness", False, needs_explanations=True, needs_model=True),
-    *_plain("Consistency", "robustness", False, across_images=True),
+    *_plain("Consistency", "robustness", True, across_images=True),
     *_plain("Sparseness", "complexity", True),
     *_plain("Complexity EffectiveComplexity", "complexity", False),
     *_plain(
-        "PointingGame TopKIntersection RelevanceMassAccuracy RelevanceRankAccuracy AttributionLocalisation AUC",
+        "PointingGame TopKIntersection RelevanceRankAccuracy AttributionLocalisation AUC",
         "localisation",
         True,
         needs_mask=True,
     ),
+    *_plain("RelevanceMassAccuracy", "localisation", None, needs_mask=True),
     *_plain("RandomLogit", "randomisation", False, needs_explanations=True),
     *_plain("MPRT", "randomisation", False, needs_explanations=True, needs_model=True, changes_weights=True),
     *_plain("EfficientMPRT", "randomisation", True, needs_explanations=True, needs_model=True, changes_weights=True),

@@ -3,6 +3,7 @@
 Shape letters: H W pixels, K classes, S samples of a plan.
 """
 
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -50,13 +51,17 @@ def read_map(pixels_HW: NDArray[np.floating], reading: MapReading) -> NDArray[np
     return np.abs(values) if reading.abs else values
 
 
-def positive_mass(view: MapView, map_hw: NDArray[np.floating] | None = None) -> NDArray[np.float64]:
-    """Positive part (H,W) of the explainer's own map, upsampled but never shifted or scaled.
+def own_pixels(view: MapView, map_hw: NDArray[np.floating] | None = None) -> NDArray[np.float64]:
+    """The explainer's own map (H,W), or another of its maps, upsampled but never shifted or scaled.
 
     The run's min-max normalisation would turn evidence against the class into evidence for it, so it is left out here.
     """
-    native = view.map_hw if map_hw is None else map_hw
-    return np.maximum(on_pixels(readable(native), view.shape_CHW[1:], view.map_options), 0)
+    return on_pixels(readable(view.map_hw if map_hw is None else map_hw), view.shape_CHW[1:], view.map_options)
+
+
+def positive_mass(view: MapView, map_hw: NDArray[np.floating] | None = None) -> NDArray[np.float64]:
+    """Positive part (H,W) of `own_pixels`."""
+    return np.maximum(own_pixels(view, map_hw), 0)
 
 
 def model_output(logits_xK: NDArray[np.floating], output: Output) -> NDArray[np.float64]:
@@ -78,6 +83,11 @@ class OutputReading(Options):
     """Whose output is read."""
     output: Output = "logit"
     """What is read."""
+
+    @property
+    def output_bounds(self) -> tuple[float, float]:
+        """Lowest and highest output there can be."""
+        return (0.0, 1.0) if self.output == "probability" else (-inf, inf)
 
 
 def outputs(

@@ -3,7 +3,8 @@
 Shape letters: C channels, H W pixels, M regions, S steps.
 """
 
-from typing import Literal
+from math import inf
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,17 +59,24 @@ class RegionPerturbation(PlanMetric):
 
     Samek et al. 2017 (AOPC). As in Quantus the curve starts after the first region. The score is the
     curve's mean height (`auc="steps"`: the area that Quantus's `get_auc_score` averages). Quantus declares that lower
-    is better, though it measures the drop: higher is better under `morf`, lower under `lerf`.
+    is better, though it measures the drop: higher is better under `morf`, lower under `lerf`, neither under `random`,
+    where the map plays no part.
     """
 
     name = "region_perturbation"
     title = "Region Perturbation (area over the curve)"
     family = "faithfulness"
     paper = "Samek et al. 2017, Evaluating the visualization of what a deep neural network has learned"
-    higher_is_better = True
+    higher_is_better: bool | None = True
     bounds = (-1.0, 1.0)
     Options = RegionPerturbationOptions
     options: RegionPerturbationOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.higher_is_better = {"morf": True, "lerf": False, "random": None}[self.options.order]
+        lowest, highest = self.options.output_bounds
+        self.bounds = self.options.area_bounds(lowest - highest, highest - lowest)
 
     def plan(self, view: ImageView) -> PerturbationPlan:
         assert isinstance(view, MapView)
@@ -108,6 +116,10 @@ class Selectivity(PlanMetric):
     Options = PatchOptions
     options: PatchOptions
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.bounds = self.options.area_bounds(*self.options.output_bounds)
+
     def plan(self, view: ImageView) -> PerturbationPlan:
         assert isinstance(view, MapView)
         segments_HW = self.options.grid(view)
@@ -142,8 +154,9 @@ class Irof(PlanMetric):
     """Area over the relative output while superpixels are removed by falling mean relevance; a good map makes it large.
 
     Rieger and Hansen 2020: number of superpixels minus the area (trapezoid rule) under output / the image's
-    own output. Quantus pads the batch to its largest number of superpixels, which adds half the last output to the area
-    of every other image; here each image stands alone.
+    own output. That has to be positive: relative to a negative logit the curve would rise while the output falls.
+    Quantus scores it, and pads the batch to its largest number of superpixels, which adds half the last output to the
+    area of every other image; here each image stands alone.
     """
 
     name = "irof"
@@ -151,10 +164,15 @@ class Irof(PlanMetric):
     family = "faithfulness"
     paper = "Rieger and Hansen 2020, IROF: a low resource evaluation metric for explanation methods"
     higher_is_better = True
-    bounds = (float("-inf"), float("inf"))
+    bounds = (-inf, inf)
     needs = frozenset({"image"})
     Options = IrofOptions
     options: IrofOptions
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.options.auc == "unit" and self.options.output == "probability":
+            self.bounds = (-inf, 1.0)
 
     def plan(self, view: ImageView) -> PerturbationPlan:
         assert isinstance(view, MapView)
@@ -175,8 +193,8 @@ class Irof(PlanMetric):
 
     def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
         itself, copies_S = outputs(view, logits_SK, self.options)
-        if itself == 0:
-            raise NotScoredError(ZERO_DENOMINATOR, "the output for the image itself is zero")
+        if itself <= 0:
+            raise NotScoredError(ZERO_DENOMINATOR, f"the output for the image itself is not positive: {itself:g}")
         num_segments = len(copies_S)
         over = num_segments - trapezoid(copies_S / itself)
         return over if self.options.auc == "steps" else over / num_segments

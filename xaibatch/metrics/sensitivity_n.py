@@ -46,14 +46,15 @@ class SensitivityN(PlanMetric):
 
     Quantus 0.6 removes by falling relevance and correlates across the images of its first batch instead, so its
     numbers belong to a step, not to an image; `semantics="quantus-0.6"` has the same removals and sums, correlated
-    over the steps of one image.
+    over the steps of one image. There the sums are of single steps and fall, while the drop adds up and rises: a
+    perfect map gets a negative correlation, so that this form has no direction.
     """
 
     name = "sensitivity_n"
     title = "Sensitivity-N"
     family = "faithfulness"
     paper = "Ancona et al. 2018, Towards better understanding of gradient-based attribution methods"
-    higher_is_better = True
+    higher_is_better: bool | None = True
     bounds = (-1.0, 1.0)
     plan_uses_map = False
     Options = SensitivityNOptions
@@ -61,7 +62,8 @@ class SensitivityN(PlanMetric):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.plan_uses_map = self.options.semantics == "quantus-0.6"
+        if self.options.semantics == "quantus-0.6":
+            self.plan_uses_map, self.higher_is_better = True, None
 
     def plan(self, view: ImageView) -> PerturbationPlan:
         if self.options.semantics == "quantus-0.6":

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xaibatch.errors import RunFolderError
-from xaibatch.results.cube import ScoreCube, metric_info, not_independent, score_cube
+from xaibatch.results.cube import MetricInfo, ScoreCube, metric_info, not_independent, score_cube
 from xaibatch.results.frames import Run, open_run
 from xaibatch.results.report_tables import WORDS, more_text, number, p_text
 from xaibatch.results.statistics_paired import Comparison
@@ -33,6 +33,7 @@ _NOT_SETTINGS = frozenset({"forward_passes_per_second", "across_images"})
 class RunComparison:
     """`scores`: (explainer, metric) -> second run minus first, verdict of the second run, one family for Holm.
 
+    metrics: what both runs say of a metric; no direction where options turned it round in one of them.
     settings: dotted key of `run.json` -> values in the first and the second run.
     num_shared, num_only_first, num_only_second: images with scores. num_patients: as in the first run's cube.
     num_changed: shared images whose predicted class differs; `accuracy` of both runs on the shared labelled images,
@@ -43,6 +44,7 @@ class RunComparison:
     first: str
     second: str
     settings: Mapping[str, tuple[Any, Any]]
+    metrics: Mapping[str, MetricInfo]
     scores: Mapping[tuple[str, str], Comparison]
     num_shared: int
     num_only_first: int
@@ -77,14 +79,15 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         for cube, n, row in zip(cubes, names, rows, strict=True)
     ]
     differences_IK = (values[1] - values[0]).reshape(-1, len(images)).T
-    judged = [metric_info(m, runs[0].record) for _ in explainers for m in metrics]
+    infos = {m: _in_both(metric_info(m, runs[0].record), metric_info(m, runs[1].record)) for m in metrics}
+    judged = [infos[m] for _ in explainers for m in metrics]
     found = compare_columns(
         differences_IK,
         first.clusters_I[rows[0]],
         [m.sign for m in judged],
         seed=int(runs[0].config.get("seed", 0)),
         bounds_K=[m.bounds for m in judged],
-        dependent_K=[any(metric_info(m.label, run.record).across_images for run in runs) for m in judged],
+        dependent_K=[m.across_images for m in judged],
     )
     predicted = [cube.predicted_I[row] for cube, row in zip(cubes, rows, strict=True)]
     labels = first.labels_I[rows[0]]
@@ -93,6 +96,7 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         first=runs[0].name,
         second=runs[1].name,
         settings=setting_differences(runs[0].record, runs[1].record),
+        metrics=infos,
         scores=dict(zip([(e, m) for e in explainers for m in metrics], found, strict=True)),
         num_shared=len(images),
         num_only_first=first.num_images - len(images),
@@ -124,14 +128,11 @@ def print_comparison(first_url: str, second_url: str, console: Console | None = 
     console.print(_settings_table(found) if found.settings else Text("no setting differs"))
     for line in _image_lines(found):
         console.print(line, highlight=False, markup=False)
-    record = open_run(first_url).record
-    console.print(_score_table(found, record))
+    console.print(_score_table(found))
     if text := too_many_tests({"shared images": found.scores}, found.num_patients):
         console.print(text, style="dim", highlight=False, markup=False)
-    dependent = dict.fromkeys(metric for (_, metric), c in found.scores.items() if c.verdict == "dependent")
-    if dependent:
-        infos = [replace(metric_info(metric, record), across_images=True) for metric in dependent]
-        console.print(not_independent(infos), style="dim", highlight=False, markup=False)
+    if text := not_independent(found.metrics.values()):
+        console.print(text, style="dim", highlight=False, markup=False)
     console.print(
         "paired over the same images; p-values by sign flips of patients, corrected by Holm over all rows",
         style="dim",
@@ -178,7 +179,17 @@ def _image_lines(found: RunComparison) -> list[str]:
     return lines
 
 
-def _score_table(found: RunComparison, record: Mapping[str, Any]) -> Table:
+def _in_both(first: MetricInfo, second: MetricInfo) -> MetricInfo:
+    """The direction if they agree, and the range that holds both; images compared where one of them does."""
+    return replace(
+        first,
+        across_images=first.across_images or second.across_images,
+        higher_is_better=first.higher_is_better if first.higher_is_better == second.higher_is_better else None,
+        bounds=(min(first.bounds[0], second.bounds[0]), max(first.bounds[1], second.bounds[1])),
+    )
+
+
+def _score_table(found: RunComparison) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("explainer", "metric"):
         table.add_column(name, overflow="fold")
@@ -191,13 +202,12 @@ def _score_table(found: RunComparison, record: Mapping[str, Any]) -> Table:
         difference = number(c.mean_difference, digits)
         if c.interval:
             difference += f" [{number(c.interval.low, digits)}, {number(c.interval.high, digits)}]"
-        arrow = metric_info(metric, record).arrow
         table.add_row(
             *map(
                 Text,
                 (
                     explainer,
-                    f"{metric} {arrow}".strip(),
+                    f"{metric} {found.metrics[metric].arrow}".strip(),
                     difference,
                     number(c.effect_size, 2),
                     p_text(c.p_holm),

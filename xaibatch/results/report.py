@@ -98,6 +98,7 @@ def _text_context(run: Run, made: Study, image_notes: tuple[str, ...]) -> dict[s
         "num_tests": next((c.num_tests for c in pairs.values()), 0),
         "counted": counted(cube),
         "floor": made.floor,
+        "undirected": any(not metric.sign for metric in cube.metrics),
         "alike": ALIKE
         if any(s.alike and s.num_scored for found in made.summaries.values() for s in found.values())
         or any(c.alike for c in pairs.values())

@@ -19,8 +19,8 @@ from xaibatch.results.summary import column_digits
 WORDS = {
     "better": "▲ better",
     "worse": "▼ worse",
-    "higher": "▲ higher",
-    "lower": "▼ lower",
+    "higher": "higher",
+    "lower": "lower",
     "undecided": "undecided",
     "too few": "too few images",
     "dependent": "not tested",
@@ -176,7 +176,7 @@ def matrix(
     return TextTable(title=title, header=("row against column", *(titles[e] for e in explainers)), rows=tuple(rows))
 
 
-_SIGNS = {"better": "▲", "worse": "▼", "higher": "▲", "lower": "▼", "undecided": "·", "too few": "?", "dependent": ""}
+_SIGNS = {"better": "▲", "worse": "▼", "higher": "≠", "lower": "≠", "undecided": "·", "too few": "?", "dependent": ""}
 
 
 def _matrix_cell(c: Comparison, turned: bool) -> Cell:
@@ -331,8 +331,8 @@ def more_text(c: Comparison) -> str:
 
 
 def look(verdict: str) -> str:
-    """The class of a verdict's cell: up, down or open."""
-    return {"better": "up", "higher": "up", "worse": "down", "lower": "down"}.get(verdict, "open")
+    """The class of a verdict's cell: up, down or open, which is also what a difference without a direction is."""
+    return {"better": "up", "worse": "down"}.get(verdict, "open")
 
 
 def difference_text(c: Comparison, digits: int) -> str:

@@ -234,7 +234,8 @@ def _title(label: str, record: Record, floor_label: str | None) -> str:
 
 
 def _caption(cube: ScoreCube, record: Record, floor_label: str | None, cells: Mapping[str, Cells]) -> Iterator[str]:
-    yield f"mean [95% interval] of {counted(cube)}; ↑ more is better, ↓ less is better"
+    neither = "" if all(metric.sign for metric in cube.metrics) else ", no arrow: neither is"
+    yield f"mean [95% interval] of {counted(cube)}; ↑ more is better, ↓ less is better{neither}"
     if is_synthetic(record):
         yield "rendered images: the intervals speak of the generator of images, not of patients"
     marks = {mark for group in cells.values() for _, mark in group.values()}
