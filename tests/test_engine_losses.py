@@ -1,6 +1,8 @@
 """Which losses count against whom: a sick device is left, a node that dies is nobody's fault, a suspect waits for a
 replica of its own without holding up the others."""
 
+import errno
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -286,6 +288,22 @@ def test_a_process_that_dies_on_a_living_node_is_suspicious(driver: Any, pool: P
         close(driver, shard, error)
         assert shard.alone and len(shard.lost_in) == lost_on
     assert pool.judged == [False, True] and shard.attempts[EXPLAIN] == 1
+
+
+def test_an_error_of_the_progress_is_no_cell_s(driver: Any, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cell has its part and is not done again; whoever watches hears of his own error."""
+
+    def full(report: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shard, ref = driver._upcoming(), ray.put("a report")
+    driver._take(shard)
+    shard.slot = pool.slots[0]
+    driver._watch(ref, shard, EXPLAIN)
+    monkeypatch.setattr(driver._progress, "done", full)
+    with pytest.raises(OSError, match="No space left"):
+        driver._settle([ref])
+    assert not shard.errors and not shard.left
 
 
 def test_losses_together_count_once_and_the_last_replica_stays(job: Job, caplog: pytest.LogCaptureFixture) -> None:

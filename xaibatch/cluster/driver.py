@@ -283,10 +283,12 @@ class _Driver:
             if stage in shard.groups and shard.groups[stage].kind == "adapter":
                 self._num_adapters -= 1
             try:
-                self._progress.done(ray.get(ref))
-                shard.left.discard(stage)
+                report = ray.get(ref)
             except Exception as error:
                 shard.errors[stage] = error
+            else:
+                shard.left.discard(stage)
+                self._progress.done(report)
             if not shard.running:
                 self._close(shard)
 

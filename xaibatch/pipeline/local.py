@@ -81,24 +81,26 @@ def _run_shard(
         if work.explain:
             with clock.measure("write"):
                 write_explanations(job, shard, explained)
-            progress.done(clock.report(shard, EXPLAIN, explained))
     except StoppedError:
         raise
     except Exception as error:
         return [
             FailedCell(shard=shard.name, stage=stage, error=f"{type(error).__name__}: {error}") for stage in work.stages
         ]
+    if work.explain:
+        progress.done(clock.report(shard, EXPLAIN, explained))
     failed = []
     for group in work.groups:
         check()
         clock = Stopwatch(lambda: session.num_forward_passes)
         try:
             run_group(session, job, shard, group, explained, clock, check)
-            progress.done(clock.report(shard, group.name, explained))
         except StoppedError:
             raise
         except Exception as error:
             failed.append(FailedCell(shard=shard.name, stage=group.name, error=f"{type(error).__name__}: {error}"))
+        else:
+            progress.done(clock.report(shard, group.name, explained))
     return failed
 
 
