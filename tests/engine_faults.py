@@ -54,6 +54,16 @@ def blind_paths(paths: tuple[str, ...]) -> tuple[str, ...]:
     return paths if (switch := fault("blind")) and switch.read_text() == place()[0] else ()
 
 
+def broken_paths(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """None is away, but a package is missing on the nodes that the fault `broken` names, and on those that `dying`
+    names the process ends."""
+    if (switch := fault("broken")) and place()[0] in switch.read_text():
+        raise ModuleNotFoundError("No module named 'timm'")
+    if (switch := fault("dying")) and place()[0] in switch.read_text():
+        os._exit(1)
+    return ()
+
+
 @contextlib.contextmanager
 def marked(step: str) -> Iterator[None]:
     """Show that this process is in a step, and take some time over it."""

@@ -88,10 +88,10 @@ def test_resized_mask_is_nearest() -> None:
     np.testing.assert_array_equal(resized_mask(mask, (2, 3)), mask[1::3, 1::3])
 
 
-def test_threads_order_and_cut_do_not_change_an_image(folder: Path) -> None:
+def test_order_and_cut_do_not_change_an_image(folder: Path) -> None:
     records = open_dataset(str(folder)).records
     (folder / "a" / "3.png").write_bytes(b"")
-    together, failures = load_shard(Shard(index=0, records=records[::-1]), SMALL, ("a", "b"), num_threads=3)
+    together, failures = load_shard(Shard(index=0, records=records[::-1]), SMALL, ("a", "b"))
     assert [failure.image_id for failure in failures] == ["a/3.png"]
     for row, image_id in enumerate(together.ids):
         record = next(record for record in records if record.image_id == image_id)

@@ -1,6 +1,8 @@
 """Which losses count against whom: a sick device is left, a node that dies is nobody's fault, a suspect waits for a
 replica of its own without holding up the others."""
 
+import errno
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -8,17 +10,19 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import ray
 import torch
 from ray.cluster_utils import Cluster
-from ray.exceptions import ActorDiedError, NodeDiedError, WorkerCrashedError
+from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTaskError, WorkerCrashedError
 
 from tests.engine_cluster import assert_same_rows
 from tests.toy import Watch, toy_config
 from xaibatch.cluster import driver as driving
 from xaibatch.cluster.driver import NODE_LOSSES, run_on_ray
+from xaibatch.cluster.losses import describe, is_loss
 from xaibatch.cluster.pool import Place, ReplicaPool, Slot
 from xaibatch.cluster.replica import Replica, ReplicaFacts
-from xaibatch.errors import EngineError
+from xaibatch.errors import EngineError, UnknownNameError
 from xaibatch.pipeline.device import is_device_lost
 from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.local import run_local
@@ -57,6 +61,45 @@ def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 )
 def test_device_errors(error: Exception, lost: bool) -> None:
     assert is_device_lost(error) == lost
+
+
+class AwkwardError(Exception):
+    """An error of a plug-in that can be pickled and not unpickled."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+
+
+class StubbornError(Exception):
+    """One that cannot even be pickled."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("not me")
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (partial(UnknownNameError, "explainer", "lume", ["lime"]), "UnknownNameError: unknown explainer 'lume'."),
+        (partial(AwkwardError, "no weights", "offline"), "AwkwardError: no weights: offline"),
+        (partial(StubbornError, "no weights"), "StubbornError: no weights"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*isn't serializable")
+def test_a_step_s_own_error_is_no_loss(cluster: Cluster, make: Any, text: str) -> None:
+    """A plug-in that a worker does not have is not taken for a process that was killed, however its error travels."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        ray.get(ray.remote(_raise).options(num_cpus=0).remote(make))
+    assert not is_loss(caught.value) and text in describe(caught.value)
+
+
+def _raise(make: Any) -> None:
+    raise make()
+
+
+def test_what_ray_says_of_a_process_is_a_loss() -> None:
+    for error in (WorkerCrashedError(), ActorDiedError(), NodeDiedError("gone"), ObjectLostError("", None, "")):
+        assert is_loss(error) and is_loss(RayTaskError("f", "", error))
 
 
 def test_a_device_error_in_an_explainer_is_no_row(faults: Path, images: Path, tmp_path: Path, plain: RunFolder) -> None:
@@ -270,10 +313,26 @@ def test_a_process_that_dies_on_a_living_node_is_suspicious(driver: Any, pool: P
     assert pool.judged == [False, True] and shard.attempts[EXPLAIN] == 1
 
 
+def test_an_error_of_the_progress_is_no_cell_s(driver: Any, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cell has its part and is not done again; whoever watches hears of his own error."""
+
+    def full(report: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shard, ref = driver._upcoming(), ray.put("a report")
+    driver._take(shard)
+    shard.slot = pool.slots[0]
+    driver._watch(ref, shard, EXPLAIN)
+    monkeypatch.setattr(driver._progress, "done", full)
+    with pytest.raises(OSError, match="No space left"):
+        driver._settle([ref])
+    assert not shard.errors and not shard.left
+
+
 def test_losses_together_count_once_and_the_last_replica_stays(job: Job, caplog: pytest.LogCaptureFixture) -> None:
     pool = ReplicaPool(job=job, actor=Replica)
     pool.slots = Pool().slots
-    pool._check._first = ()
+    pool._check._looked = True
     sick, well = pool.slots
     for _ in range(4):
         pool.judge(sick, lost=True, opened=0.0)

@@ -1,5 +1,6 @@
 """What a run shows: plain lines, a live view on a terminal, progress.json, and sums that add up."""
 
+import errno
 import io
 import json
 import re
@@ -139,6 +140,36 @@ def test_live_view_on_a_terminal(job: Job, monkeypatch: pytest.MonkeyPatch, kind
     assert ("1 model replica ready\n" in shown) == (kind == "dumb")
     assert "where the time went" in shown
     assert state(job)["num_cells"] == 1
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), BrokenPipeError(), ValueError("closed file")])
+def test_what_cannot_be_shown_is_left_out(job: Job, live: bool, error: Exception) -> None:
+    """The log is on a full disk, or its reader is gone: the sums and progress.json are the same."""
+
+    class Failing(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+        def flush(self) -> None:
+            raise error
+
+    watcher = ProgressWatcher(stream=Failing(), live=live, line_s=0, json_s=0)
+    watcher.start(job, EXPECTED, 0)
+    watcher.replicas(1)
+    watcher.done(REPORT)
+    watcher.failed(FailedCell(shard="shard-00001", stage="explain", error="ValueError: no"))
+    assert state(job)["num_cells"] == 1
+    assert watcher.finish()["num_cells"] == 1 and state(job)["num_failed_cells"] == 1
+
+
+def test_a_run_that_lost_its_folder_writes_nothing(job: Job) -> None:
+    screen = io.StringIO()
+    watcher = ProgressWatcher(stream=screen, live=True, json_s=0)
+    watcher.start(job, EXPECTED, 0)
+    before, shown = job.folder.read_bytes(PROGRESS), screen.getvalue()
+    watcher.leave()
+    assert job.folder.read_bytes(PROGRESS) == before and "where the time went" not in screen.getvalue()[len(shown) :]
 
 
 def test_a_run_goes_on_where_its_progress_cannot_be_written(job: Job) -> None:

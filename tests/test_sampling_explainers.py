@@ -94,7 +94,7 @@ def test_convergence_of_a_game_with_an_even_part():
     assert (measured.antithetic_RN.mean(0) < measured.independent_RN.mean(0)).all()
     assert measured.independent_RN.mean(0)[0] > measured.independent_RN.mean(0)[2]
     assert (measured.antithetic_agreement_N > measured.agreement_N).all()
-    equivalent = measured.equivalent_sizes()
+    equivalent = equal_error_sizes(measured.sizes_N, measured.independent_RN.mean(0), measured.antithetic_RN.mean(0))
     known = ~np.isnan(equivalent)
     assert (equivalent[known] < measured.sizes_N[known]).all()
 

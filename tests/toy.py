@@ -68,6 +68,7 @@ class Watch:
     def __init__(self) -> None:
         self.reports: list[CellReport] = []
         self.failures: list[FailedCell] = []
+        self.left = False
 
     def start(self, job: Job, expected: Estimate, num_cells_done: int) -> None:
         self.expected, self.num_cells_done = expected, num_cells_done
@@ -80,6 +81,9 @@ class Watch:
 
     def failed(self, cell: FailedCell) -> None:
         self.failures.append(cell)
+
+    def leave(self) -> None:
+        self.left = True
 
     def finish(self) -> dict[str, Any]:
         return {"num_forward_passes": sum(report.num_forward_passes for report in self.reports)}

@@ -1,13 +1,19 @@
 """What can go wrong by the user's hand: a small tree of exceptions that the command line prints without a traceback."""
 
+import copyreg
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class XaibatchError(Exception):
     """An error that the user can mend; its text says what was received, what was expected and what to do."""
 
     exit_code: int = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its text and attributes: a subclass's constructor may ask for something else."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class UsageError(XaibatchError):
@@ -50,14 +56,10 @@ class ChangedWeightsError(RunFolderError):
     """A checkpoint whose bytes are not those that the run began with: ends the run, whose rows must be of one model."""
 
     def __init__(self, path: str, expected: str, found: str) -> None:
-        self.args = (path, expected, found)
-        self._text = (
+        super().__init__(
             f"the checkpoint {path!r} has changed since the run began (SHA-256 {expected[:12]} there, {found[:12]} "
             "now): put the first one back to finish the run, or choose another --output for the new one"
         )
-
-    def __str__(self) -> str:
-        return self._text
 
 
 class NotScoredError(XaibatchError):
@@ -67,9 +69,6 @@ class NotScoredError(XaibatchError):
         self.status = status
         self.reason = reason
         super().__init__(f"{status}: {reason}")
-
-    def __reduce__(self) -> tuple[type["NotScoredError"], tuple[str, str]]:
-        return (NotScoredError, (self.status, self.reason))
 
 
 class EngineError(XaibatchError):

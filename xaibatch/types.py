@@ -23,11 +23,7 @@ MISSING_TWIN: Final = "missing_twin"
 NEGATIVE_MAP: Final = "negative_map"
 """The map has negative values, for which the metric is not defined."""
 ERROR: Final = "error"
-STATUSES: Final = (
-    OK, ALL_ZERO_MAP, NAN_MAP, ZERO_DENOMINATOR, MISSING_MASK, CHANGED_PREDICTION, MISSING_LABEL, MISSING_TWIN,
-    NEGATIVE_MAP, ERROR,
-)  # fmt: skip
-"""Every status a row of `scores` may carry; all but `ok` come with a null score and a reason."""
+"""The last of the statuses that a row of `scores` may carry; all but `ok` come with a null score and a reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,6 +47,9 @@ class Clock:
     def failed(self, cell: FailedCell) -> None:
         raise RuntimeError(f"cell {cell.shard} {cell.stage} failed: {cell.error}")
 
+    def leave(self) -> None:
+        """Nothing is shown."""
+
     def finish(self) -> dict[str, Any]:
         return {}
 

@@ -7,13 +7,15 @@ inside `ray job submit`, which sets RAY_ADDRESS) the existing cluster is joined 
 asks for a token, Ray reads it from RAY_AUTH_TOKEN, or from the file RAY_AUTH_TOKEN_PATH (else ~/.ray/auth_token).
 """
 
+import fcntl
 import logging
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -35,7 +37,10 @@ SYSTEM_CONFIG: Final = {"prestart_worker_first_driver": False}
 one of them ends before it has reported (ray issue 40131)."""
 
 _MEMORY_SETTING: Final = "RAY_task_oom_retries"
-_PREFIX: Final = "xaibatch-ray-"
+_QUIET: Final = "RAY_IGNORE_UNHANDLED_ERRORS"
+"""Else Ray prints the errors of steps whose outcome nobody fetches: here those behind an error that is reported."""
+
+_PREFIX: Final = "xaibatch-cluster-"
 _MAX_PLACE: Final = 24
 _TOKEN_SETTINGS: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -54,7 +59,11 @@ def connected(engine: EngineConfig) -> Iterator[None]:
             "`ray job submit --address http://host:8265 --working-dir . -- python jobs/evaluate.py ...`, or --address "
             "auto on one of the cluster's machines"
         )
-    with _surroundings():
+    settings = {
+        _QUIET: "1",
+        _MEMORY_SETTING: os.environ.get(_MEMORY_SETTING, str(HOST_MEMORY_RETRIES)),
+    }
+    with _environment(settings):
         if ray.is_initialized():
             yield
         else:
@@ -63,21 +72,16 @@ def connected(engine: EngineConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _surroundings() -> Iterator[None]:
-    """What Ray reads from the environment of the process whose tasks they are: it prints the errors of steps whose
-    outcome nobody fetches, which here are those behind an error that is reported; and it has no limit to
-    HOST_MEMORY_RETRIES."""
-    settings = {
-        "RAY_IGNORE_UNHANDLED_ERRORS": "1",
-        _MEMORY_SETTING: os.environ.get(_MEMORY_SETTING, str(HOST_MEMORY_RETRIES)),
-    }
-    before = {name: os.environ.get(name) for name in settings}
+def _environment(settings: Mapping[str, str], kept: Iterable[str] = ()) -> Iterator[None]:
+    """Environment variables that Ray reads, for the time of the block. Afterwards they and those `kept`, which Ray
+    itself may set, are as they were."""
+    before = {name: os.environ.get(name) for name in (*kept, *settings)}
     os.environ.update(settings)
     try:
         yield
     finally:
         for name, value in before.items():
-            os.environ.pop(name)
+            os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
 
@@ -100,17 +104,22 @@ def _joined(address: str) -> Iterator[None]:
 @contextmanager
 def _own_cluster() -> Iterator[None]:
     """A cluster that nothing outside this process can be surprised by: own ports, own folder, no dashboard."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    settings = {"RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0")}
     if not any(name in os.environ for name in _TOKEN_SETTINGS):  # else Ray writes one into the home folder, for good
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        settings["RAY_AUTH_TOKEN"] = _token()
     _remove_orphans()
-    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_place())
-    try:
-        _start(folder)
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    with _environment(settings, kept=_TOKEN_SETTINGS), _private_folder() as folder:
+        try:
+            _start(folder)
+            yield
+        finally:
+            ray.shutdown()
+
+
+@cache
+def _token() -> str:
+    """One for all clusters of this process: Ray never forgets the first that it has read."""
+    return secrets.token_hex(32)
 
 
 def _start(folder: str) -> None:
@@ -135,13 +144,32 @@ def _place() -> str:
     return usual if len(usual) <= _MAX_PLACE or not os.access("/tmp", os.W_OK) else "/tmp"
 
 
+@contextmanager
+def _private_folder() -> Iterator[str]:
+    """A folder that is locked as long as this process lives, and removed after the block. The lock is the kernel's, so
+    that processes of other containers which share the temporary folder see it too."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_place()))
+        with suppress(FileNotFoundError):
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if folder.exists():
+                break
+            os.close(handle)  # taken for an orphan before it was locked
+    try:
+        yield str(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
 def _remove_orphans() -> None:
-    """Folders of clusters whose process was killed."""
+    """Folders of clusters whose process was killed: those that nobody has locked."""
     for folder in Path(_place()).glob(f"{_PREFIX}*"):
-        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit():
-            with suppress(PermissionError):
-                try:
-                    os.kill(int(pid), 0)
-                except ProcessLookupError:
-                    shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another user's, or gone
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)

@@ -78,8 +78,11 @@ def run_on_ray(
 
 @dataclass(kw_only=True, eq=False)
 class _Open:
-    """A shard that is being worked on, or that waits for another attempt. `lost_in`: places whose replica was lost
-    under it."""
+    """A shard that is being worked on, or that waits for another attempt.
+
+    lost_in: places whose replica was lost under it; avoids: nodes that its steps were kept away from when they were
+    sent.
+    """
 
     work: ShardWork
     groups: dict[str, MetricGroup]
@@ -90,6 +93,7 @@ class _Open:
     alone: bool = False
     num_node_losses: int = 0
     lost_in: set[Place] = field(default_factory=set)
+    avoids: set[frozenset[str]] = field(default_factory=set)
     opened: float = 0.0
     not_before: float = 0.0
     explained: cells.Explained | None = None
@@ -143,6 +147,7 @@ class _Driver:
         self._pool.refresh()
         if self._pool.avoid != self._sent.avoid:
             self._sent = cells.Sent(job=self._job_ref, avoid=self._pool.avoid)
+        self._withdraw_stranded()
         num_ready, now = len(self._pool.ready), time.monotonic()
         if num_ready != self._num_ready or now - self._told > TELL_S:
             self._num_ready, self._told = num_ready, now
@@ -152,6 +157,17 @@ class _Driver:
         elif now - self._waiting_since > WARN_S:
             self._waiting_since = now
             _LOG.warning("no model replica is ready: %s", self._pool.waiting_for())
+
+    def _withdraw_stranded(self) -> None:
+        """Cancel the steps of a shard that were kept away from every node that is left (the others went, these had not
+        shown yet that they see the files): it is opened again."""
+        open_shards = {id(shard): shard for shard, _ in self._cells.values()}
+        for shard in open_shards.values():
+            if any(map(self._pool.strands, shard.avoids)):
+                shard.avoids.clear()
+                refs = [ref for ref, (other, _) in self._cells.items() if other is shard]
+                for ref in (*refs, *(shard.explained.spent if shard.explained else ())):
+                    ray.cancel(ref, force=False, recursive=False)
 
     def _measure_queue(self) -> None:
         num_open = sum(slot.num_open for slot in self._pool.slots)
@@ -215,6 +231,7 @@ class _Driver:
         shard.slot, slot.exclusive, shard.opened = slot, shard.alone, time.monotonic()
         slot.num_open += 1
         shard.errors.clear()
+        shard.avoids = {self._sent.avoid}
         count = not shard.is_known_to(slot)
         if count or shard.explained is None:
             shard.explained = cells.explain(self._sent, shard.work.shard, slot)
@@ -243,6 +260,7 @@ class _Driver:
 
     def _score(self, shard: _Open, group: MetricGroup, count: bool) -> Any:
         assert shard.explained is not None
+        shard.avoids.add(self._sent.avoid)
         return cells.score(self._job, self._sent, shard.work.shard, group, shard.explained, count)
 
     def _watch(self, ref: Any, shard: _Open, stage: str) -> None:
@@ -265,11 +283,13 @@ class _Driver:
             if stage in shard.groups and shard.groups[stage].kind == "adapter":
                 self._num_adapters -= 1
             try:
-                self._progress.done(ray.get(ref))
-                shard.left.discard(stage)
+                report = ray.get(ref)
             except Exception as error:
                 end_run_for(error)
                 shard.errors[stage] = error
+            else:
+                shard.left.discard(stage)
+                self._progress.done(report)
             if not shard.running:
                 self._close(shard)
 

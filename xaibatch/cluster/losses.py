@@ -1,8 +1,21 @@
 """An exception that a step's reference raised in, what it means out: the step's own error, or a loss of its process."""
 
-from ray.exceptions import NodeDiedError, RayActorError, RayError, RayTaskError
+from typing import Final
+
+from ray.exceptions import (
+    NodeDiedError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+    UnserializableException,
+    UserCodeException,
+)
 
 from xaibatch.errors import ChangedWeightsError
+
+_STAND_INS: Final = (RayTaskError, UnserializableException, UserCodeException)
+"""What arrives in place of a step's own error that cannot be pickled or unpickled; or else a plain RayError."""
 
 
 def root(error: BaseException) -> BaseException:
@@ -14,7 +27,8 @@ def root(error: BaseException) -> BaseException:
 
 def is_loss(error: BaseException) -> bool:
     """Whether a step was lost with its process or node, rather than raising an error of its own."""
-    return isinstance(root(error), RayError)
+    error = root(error)
+    return isinstance(error, RayError) and type(error) is not RayError and not isinstance(error, _STAND_INS)
 
 
 def is_replica_loss(error: BaseException) -> bool:
@@ -23,8 +37,9 @@ def is_replica_loss(error: BaseException) -> bool:
 
 
 def is_node_loss(error: BaseException) -> bool:
-    """Whether Ray says that a CPU task was lost because its node died."""
-    return isinstance(root(error), NodeDiedError)
+    """Whether a CPU task was lost because its node died: Ray says so, or the driver took it back since no node that it
+    was sent to is left."""
+    return isinstance(root(error), NodeDiedError | TaskCancelledError)
 
 
 def end_run_for(error: BaseException) -> None:

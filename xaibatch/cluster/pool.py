@@ -62,6 +62,7 @@ class Slot:
     """A replica in its place. `facts` is None until it is ready; a `retired` one gets no new shards.
 
     process, begun: the reference that is there once its process is, and when that was seen.
+    avoid: nodes that Ray was told to keep it away from.
     num_losses: since a shard was last done with; lost_at: the last of them.
     """
 
@@ -69,6 +70,7 @@ class Slot:
     handle: Any
     starting: Any
     process: Any
+    avoid: frozenset[str] = frozenset()
     begun: float = float("inf")
     facts: ReplicaFacts | None = None
     retired: bool = False
@@ -113,27 +115,32 @@ class ReplicaPool:
 
     @property
     def avoid(self) -> frozenset[str]:
-        """Nodes that do not see the run's files: nothing may run there."""
+        """Nodes that cannot work for the run, or have not shown yet that they can: nothing may run there."""
         return self._check.avoid
 
-    def refresh(self) -> list[Slot]:
-        """Start, drop and retire replicas; returns the slots that are gone (their calls fail by themselves).
+    def strands(self, avoid: frozenset[str]) -> bool:
+        """Whether work that was sent to all nodes but these has none left, while others may do it."""
+        return self._check.strands(avoid)
+
+    def refresh(self) -> None:
+        """Start, drop and retire replicas (the calls of one that is gone fail by themselves).
 
         Raises EngineError when no replica is ready and none can be started any more, ChangedWeightsError when one finds
         another checkpoint than the run began with.
         """
-        gone = self._settle_starting()
+        self._settle_starting()
         if time.monotonic() - self._looked < LOOK_S:
-            return gone
+            return
         self._looked = time.monotonic()
         nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         self._check.look(nodes)
         alive = {node["NodeID"] for node in nodes}
         wanted = places([node for node in nodes if node["NodeID"] not in self.avoid], self.job.config.engine)
         for slot in list(self.slots):
-            if (slot.node_id and slot.node_id not in alive) or (slot.retired and not slot.num_open):
+            gone = slot.node_id and slot.node_id not in alive
+            held_up = slot.facts is None and slot.begun == float("inf") and not slot.avoid <= self.avoid
+            if gone or held_up or (slot.retired and not slot.num_open):
                 self.drop(slot)
-                gone.append(slot)
             elif slot.place not in wanted:
                 slot.retired = True
         taken = {slot.place for slot in self.slots}
@@ -145,7 +152,6 @@ class ReplicaPool:
             if wanted and not usable:
                 raise EngineError(f"no model replica could be started: {self._last_error}")
             self.slots += map(self._start, usable)
-        return gone
 
     def judge(self, slot: Slot, *, lost: bool, opened: float) -> None:
         """A shard that was `opened` on a replica is closed: was the replica lost under it? Shards that were open
@@ -193,6 +199,7 @@ class ReplicaPool:
     def _start(self, place: Place) -> Slot:
         # threads that wait must not spin: CPU tasks work on the same cores
         environment = {**dict.fromkeys(ONE_THREAD, str(place.threads)), "OMP_WAIT_POLICY": "PASSIVE"}
+        avoid = frozenset() if place.node_id else self.avoid
         actor: Any = ray.remote(self.actor)
         handle = actor.options(
             num_cpus=0,
@@ -203,19 +210,18 @@ class ReplicaPool:
             scheduling_strategy=(
                 NodeAffinitySchedulingStrategy(place.node_id, soft=False) if place.node_id else "SPREAD"
             ),
-            label_selector={} if place.node_id else selector(self.avoid),
+            label_selector=selector(avoid),
             runtime_env={"env_vars": environment},
         ).remote(self.job, device="cuda" if place.num_gpus else "cpu", threads=place.threads)
         process = handle.process.remote()
-        return Slot(place=place, handle=handle, starting=handle.facts.remote(process), process=process)
+        return Slot(place=place, handle=handle, starting=handle.facts.remote(process), process=process, avoid=avoid)
 
-    def _settle_starting(self) -> list[Slot]:
+    def _settle_starting(self) -> None:
         starting = {slot.starting: slot for slot in self.slots if slot.facts is None}
         if not starting:
-            return []
+            return
         refs = [*starting, *(slot.process for slot in starting.values())]
         done = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
-        gone = []
         for ref, slot in starting.items():
             error = ""
             if ref in done:
@@ -231,8 +237,6 @@ class ReplicaPool:
                     error = f"the model was not loaded after {START_LIMIT_S / 60:.0f} minutes"
             if error:
                 self._failed(slot, error)
-                gone.append(slot)
-        return gone
 
     def _failed(self, slot: Slot, error: str) -> None:
         """A replica did not start."""

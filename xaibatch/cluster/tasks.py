@@ -202,15 +202,6 @@ def _report(
     shard: Shard, stage: str, explained: ShardExplanations, clock: Stopwatch, spent: Sequence[Spent]
 ) -> CellReport:
     """The cell's own seconds and those of the steps before it."""
-    seconds = dict(clock.seconds)
     for step in spent:
-        for what, value in step.seconds.items():
-            seconds[what] = seconds.get(what, 0.0) + value
-    return CellReport(
-        shard=shard.name,
-        stage=stage,
-        seconds=seconds,
-        num_forward_passes=sum(step.num_forward_passes for step in spent),
-        num_images=len(explained.ids) if stage == EXPLAIN else 0,
-        num_failures=len(explained.failures) if stage == EXPLAIN else 0,
-    )
+        clock.add(step.seconds, step.num_forward_passes)
+    return clock.report(shard, stage, explained)

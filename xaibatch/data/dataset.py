@@ -53,15 +53,6 @@ class DataSet:
         counts = Counter(record.label for record in self.records)
         return {name: counts[name] for name in self.class_names}
 
-    @property
-    def mask_names(self) -> tuple[str, ...]:
-        """Names of the masks that at least one image has, sorted."""
-        return tuple(sorted({name for record in self.records for name in record.masks}))
-
-    @property
-    def has_twins(self) -> bool:
-        return any(record.twin is not None for record in self.records)
-
 
 def open_dataset(
     path: str,

@@ -5,7 +5,6 @@ Shape letters: B images, C channels, H W pixels.
 
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,7 +29,6 @@ def load_shard(
     dtype: DTypeLike = np.float32,
     limits: ImageLimits | None = None,
     reading: ReadOptions | None = None,
-    num_threads: int = 1,
     roots: Sequence[str] = (),
 ) -> tuple[ImageBatch, tuple[Failure, ...]]:
     """Read, decode and preprocess a shard's images, in the shard's order.
@@ -57,11 +55,7 @@ def load_shard(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if num_threads > 1:
-            with ThreadPoolExecutor(num_threads) as pool:
-                loaded = list(pool.map(reader.load, shard.records))
-        else:
-            loaded = list(map(reader.load, shard.records))
+        loaded = list(map(reader.load, shard.records))
     failures = tuple(failure for item in loaded for failure in item.failures)
     kept = [index for index, item in enumerate(loaded) if item.image_CHW is not None]
     return _batch(shard, loaded, kept, labels_B, reader), failures

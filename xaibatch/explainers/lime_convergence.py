@@ -36,13 +36,6 @@ class LimeConvergence:
     agreement_N: NDArray[np.float64]
     antithetic_agreement_N: NDArray[np.float64]
 
-    def equivalent_sizes(self) -> NDArray[np.float64]:
-        """Return, for each size, how many antithetic samples give the independent samples' mean error (N,).
-
-        Interpolated linearly in the logarithms of size and error; NaN outside the measured sizes.
-        """
-        return equal_error_sizes(self.sizes_N, self.independent_RN.mean(0), self.antithetic_RN.mean(0))
-
 
 def measure_convergence(
     probabilities: Probabilities,

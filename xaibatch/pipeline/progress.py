@@ -5,7 +5,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Final, TextIO
+from typing import Any, Final, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -28,7 +28,8 @@ _CPU_STAGES: Final = ("read", "segmentation", "plan", "score", "write")
 
 
 class ProgressWatcher:
-    """Shows how a run gets on, and keeps the sums.
+    """Shows how a run gets on, and keeps the sums. What cannot be shown (a full disk, a closed pipe) is left out: the
+    run and its sums go on.
 
     stream:      where lines and the live view go.
     live:        redraw one line (True), print a line now and then (False), or decide by whether `stream` is a terminal.
@@ -46,7 +47,7 @@ class ProgressWatcher:
         json_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = stream or sys.stderr
+        self._stream = cast(TextIO, _Lossy(stream or sys.stderr))
         self._live = Console(file=self._stream).is_interactive if live is None else live
         self._line_s, self._json_wanted_s, self._clock = line_s, json_s, clock
         self._job: Job | None = None
@@ -113,9 +114,7 @@ class ProgressWatcher:
     def finish(self) -> dict[str, Any]:
         """The run ends (or is stopped): say where the time went; return the sums for the run's record."""
         self._count_replica_seconds()
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self.leave()
         ended = "done" if self._cells >= self._expected.num_cells else "stopped"
         self._say(
             f"{self._cells:,} of {self._expected.num_cells:,} cells, {self._images:,} images, {self._passes:,} forward "
@@ -124,6 +123,12 @@ class ProgressWatcher:
         self._say(self.where_the_time_went())
         self._write_json(ended)
         return self._sums()
+
+    def leave(self) -> None:
+        """The run's folder is another run's by now: end the view, write nothing."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     # -- what it shows
 
@@ -207,8 +212,27 @@ class ProgressWatcher:
             **self._rates(),
             **self._sums(),
         }
-        with contextlib.suppress(RunFolderError):  # a full disk stops the cells, not the counting
+        with contextlib.suppress(RunFolderError, OSError):  # a full disk stops the cells, not the counting
             self._job.folder.impatient().write_json(content, PROGRESS)
+
+
+class _Lossy:
+    """A text stream whose errors are ignored; the live view's own thread writes to it too."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def duration(seconds: float) -> str:

@@ -43,6 +43,8 @@ class Watcher(Progress, Protocol):
 
     def finish(self) -> dict[str, Any]: ...
 
+    def leave(self) -> None: ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:

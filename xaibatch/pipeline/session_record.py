@@ -24,15 +24,18 @@ KEEP_S: Final = 15.0
 
 
 class Sums(Progress, Protocol):
-    """A Progress that gives its sums at the end."""
+    """A Progress that gives its sums at the end, or leaves without a trace where the folder is another run's."""
 
     def finish(self) -> dict[str, Any]: ...
+
+    def leave(self) -> None: ...
 
 
 class SessionRecord:
     """Context manager and Progress: passes everything on to `watcher` and keeps the last entry of `record["sessions"]`.
 
-    Raises EngineError out of `replicas` and of the guarded work when the lock is lost; nothing is written from then on.
+    Raises EngineError out of `replicas`, of the guarded work and of the end of the block when the lock is lost; neither
+    record nor progress is written from then on.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class SessionRecord:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        spent = self._watcher.finish()
+        if self._lock.lost:
+            self._watcher.leave()
         self._lock.check()
+        spent = self._watcher.finish()
         self._session |= {**spent, "state": ENDED if error is None else STOPPED}
         self._update()
         self._folder.write_json(self._record, RECORD)
@@ -76,6 +81,8 @@ class SessionRecord:
     # -- Progress
 
     def done(self, report: CellReport) -> None:
+        if self._lock.lost:
+            return
         self._session["num_cells"] += 1
         self._session["num_images"] += report.num_images
         self._session["num_forward_passes"] += report.num_forward_passes
@@ -83,7 +90,8 @@ class SessionRecord:
         self._keep()
 
     def failed(self, cell: FailedCell) -> None:
-        self._watcher.failed(cell)
+        if not self._lock.lost:
+            self._watcher.failed(cell)
 
     def replicas(self, num: int) -> None:
         self._lock.check()
@@ -91,7 +99,7 @@ class SessionRecord:
         self._keep()
 
     def _keep(self) -> None:
-        if self._clock() - self._kept < self._keep_s or self._lock.lost:
+        if self._clock() - self._kept < self._keep_s:
             return
         self._kept = self._clock()
         self._update()

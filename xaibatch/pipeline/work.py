@@ -138,11 +138,12 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self._read = passes or (lambda: 0)
         self._start = self._read()
+        self._added = 0
 
     @property
     def num_forward_passes(self) -> int:
-        """Since this stopwatch was made."""
-        return self._read() - self._start
+        """Since this stopwatch was made, and those added."""
+        return self._read() - self._start + self._added
 
     @contextmanager
     def measure(self, what: str) -> Iterator[None]:
@@ -151,6 +152,12 @@ class Stopwatch:
             yield
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    def add(self, seconds: Mapping[str, float], num_forward_passes: int) -> None:
+        """What an earlier step of the cell cost, in another process."""
+        for what, value in seconds.items():
+            self.seconds[what] = self.seconds.get(what, 0.0) + value
+        self._added += num_forward_passes
 
     def report(self, shard: Shard, stage: str, explained: ShardExplanations) -> CellReport:
         """The report of the cell that this stopwatch was started for."""

@@ -43,10 +43,8 @@ ALIKE: Final = (
 """What the sign ° beside a mean or an interval says."""
 
 
-def print_summary(
-    run: Run, console: Console | None = None, *, report_path: str | None = None, medians: bool = False
-) -> None:
-    """Print the run's table, what could not be read of it, and below it where the report is.
+def print_summary(run: Run, console: Console | None = None, *, medians: bool = False) -> None:
+    """Print the run's table and what could not be read of it.
 
     Where the console is no terminal there are no lines and no colour; make it wide enough (PLAIN_WIDTH).
     """
@@ -63,8 +61,6 @@ def print_summary(
     console.print(table, highlight=False)
     for path, problem in run.problems().items():
         console.print(f"left out {path}: {problem}", highlight=False, markup=False)
-    if report_path:
-        console.print(f"report: {report_path}", highlight=False, markup=False)
 
 
 def summary_table(
