@@ -5,7 +5,9 @@ for all layers replaced by ours (a seed for each layer's name). Everything in fl
 """
 
 import copy
+import itertools
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,14 @@ from xaibatch.data.sampling import shards
 from xaibatch.errors import ConfigError
 from xaibatch.metrics import METRICS
 from xaibatch.metrics.base import ImageView, NoisyVariant, WeightsVariant
-from xaibatch.models.randomise import layer_names, randomised
+from xaibatch.models.randomise import layer_names, randomised, randomised_in_turn
 from xaibatch.pipeline.facts import configured_model
 from xaibatch.pipeline.local import run_local
 from xaibatch.pipeline.record import job_of
 from xaibatch.pipeline.run import choose_images, evaluate
+from xaibatch.results.frames import open_run
+from xaibatch.results.statistics_repeats import NoiseShare
+from xaibatch.results.study import make_study
 from xaibatch.seeding import DrawKey, keyed_generator
 
 with warnings.catch_warnings():
@@ -42,16 +47,22 @@ LAYERS = [
 ]
 """The toy model's layers from the input to the head."""
 
+UNSEEN: dict[str, Any] = {
+    "key": DrawKey(seed=0, image_id="a.png"), "shape_CHW": (3, 8, 8), "label": 0, "predicted": 0,
+    "logits_K": np.zeros(3), "image_CHW": np.random.default_rng(0).random((3, 8, 8)),
+}  # fmt: skip
+"""The fields of an ImageView of no particular image."""
+
 EXPLAINER = "tests.test_metrics_randomised_models:gradient_times_input"
 EVERY_LAYER = {"stages": list(range(1, 16))}
 METRIC_OPTIONS: dict[str, dict[str, Any]] = {
     "random_logit": {},
-    "mprt": {},
-    "layers_down": {"use": "mprt", **EVERY_LAYER},
-    "layers_up": {"use": "mprt", "order": "bottom_up", **EVERY_LAYER},
-    "layers_alone": {"use": "mprt", "order": "independent", **EVERY_LAYER},
-    "efficient_mprt": {},
-    "smooth_mprt": {"num_samples": 3, "stages": [3, -1]},
+    "mprt": {"seed": SEED},
+    "layers_down": {"use": "mprt", "seed": SEED, **EVERY_LAYER},
+    "layers_up": {"use": "mprt", "seed": SEED, "order": "bottom_up", **EVERY_LAYER},
+    "layers_alone": {"use": "mprt", "seed": SEED, "order": "independent", **EVERY_LAYER},
+    "efficient_mprt": {"seed": SEED},
+    "smooth_mprt": {"seed": SEED, "num_samples": 3, "stages": [3, -1]},
 }
 
 
@@ -262,6 +273,78 @@ def test_default_stages_keep_their_proportions_in_deeper_models_and_with_layer_s
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(7.0)
-        asks = METRICS["mprt"]().variants(None)  # type: ignore[arg-type]
+        asks = METRICS["mprt"](seed=0).variants(ImageView(**UNSEEN))
         new = [sum(int(layer.weight != 7.0) for layer in randomised(model, ask)) for ask in asks]  # type: ignore
         assert new == expected
+
+
+@pytest.mark.parametrize("order", ["top_down", "bottom_up", "independent"])
+def test_models_made_in_turn_equal_models_made_alone(order: Any) -> None:
+    """Whatever the sequence: growing and shrinking stages, another seed in between."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5))).double()
+    before = copy.deepcopy(model.state_dict())
+    asked = [(1, 0), (3, 0), (3, 1), (5, 1), (2, 1), (2, 0), (-1, 0)]
+    asks = [WeightsVariant(order=order, num_layers=num, seed=seed) for num, seed in asked]
+    for ask, changed in zip(asks, randomised_in_turn(model, asks), strict=True):
+        alone = randomised(model, ask).state_dict()
+        assert all(torch.equal(value, alone[name]) for name, value in changed.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# -- which image faces which new weights
+
+
+def weights_of(metric: str, run_seed: int = 0, image_id: str = "a.png", repeat: int = 0, **options: Any) -> set[int]:
+    view = ImageView(**{**UNSEEN, "key": DrawKey(seed=run_seed, image_id=image_id, repeat=repeat)})
+    asks = METRICS[metric](**options).variants(view)
+    return {ask.seed for ask in asks if isinstance(ask, WeightsVariant)}
+
+
+@pytest.mark.parametrize("metric", ["mprt", "efficient_mprt", "smooth_mprt"])
+@pytest.mark.parametrize("options", [{}, {"num_draws": 3}])
+def test_new_weights_are_new_for_every_repeat_and_run_and_one_for_all_stages(
+    metric: str, options: dict[str, Any]
+) -> None:
+    (itself,) = weights_of(metric, **options)
+    others = [weights_of(metric, **options, **about) for about in ({"repeat": 1}, {"repeat": 2}, {"run_seed": 7})]
+    assert len({itself, *itertools.chain.from_iterable(others)}) == 4
+    assert weights_of("mprt", **options) == {itself}, "metrics face the same weights"
+
+
+def test_images_have_weights_of_their_own_or_share_a_few_sets() -> None:
+    ids = [f"{number}.png" for number in range(60)]
+
+    def sets(**options: Any) -> list[int]:
+        return [weights_of("mprt", image_id=image_id, **options).pop() for image_id in ids]
+
+    assert len(set(sets())) == 60
+    counts = Counter(sets(num_draws=3)).values()
+    assert len(counts) == 3
+    assert min(counts) > 10
+    assert sets(seed=42) == [42] * 60
+    with pytest.raises(ConfigError, match="num_draws=3 has no meaning"):
+        METRICS["mprt"](seed=42, num_draws=3)
+
+
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NoiseShare]:
+    """Noise shares of two repeats of a run whose explainer has no randomness of its own, by metric."""
+    folder = tmp_path_factory.mktemp("repeated")
+    metrics = {
+        "own": {"use": "efficient_mprt"},
+        "sets": {"use": "efficient_mprt", "num_draws": 2},
+        "fixed": {"use": "efficient_mprt", "seed": SEED},
+    }
+    config = toy_config(
+        toy_images(folder / "toy", num_per_class=2), folder / "run", explainers={EXPLAINER: {}}, metrics=metrics,
+        repeats=2,
+    )  # fmt: skip
+    outcome = evaluate(config, run_local, Watch())
+    assert outcome.ok
+    study = make_study(open_run(outcome.folder.url))
+    return {metric: study.noise[EXPLAINER, metric] for metric in metrics if (EXPLAINER, metric) in study.noise}
+
+
+def test_repeats_show_how_far_the_new_weights_move_a_score(repeated: dict[str, NoiseShare]) -> None:
+    assert min(repeated["own"].share, repeated["sets"].share) > 0.05
+    assert "fixed" not in repeated or repeated["fixed"].share == 0

@@ -1,14 +1,17 @@
 """Maps for another class or of a model with new weights in, how alike they are to the map out: sanity checks.
 
+New weights are drawn anew for every image and repeat, so that an interval over patients holds their chance too: one set
+moves the scores of all images together. All explainers, and all metrics of this file, face the same ones.
+
 Shape letters: H W pixels, K classes, V variants.
 """
 
 import itertools
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from xaibatch.errors import NotScoredError
 from xaibatch.maps import pixel_map
@@ -26,6 +29,7 @@ from xaibatch.metrics.base import (
 from xaibatch.metrics.reading import MapReading, read_map
 from xaibatch.metrics.similarity import correlation, structural_similarity
 from xaibatch.perturb.plans import GaussianNoisePlan
+from xaibatch.seeding import DrawKey, keyed_generator
 from xaibatch.types import ZERO_DENOMINATOR
 
 Similarity = Literal["ssim", "ssim_flat", "pearson", "spearman"]
@@ -91,7 +95,38 @@ STAGE_SHARES: Final = tuple(num_layers / 75 for num_layers in (2, 8, 14, 26, 50,
 """Shares of the model's layers at the default stages: six different models wherever there are 15 layers or more."""
 
 
-class MprtOptions(MapReading):
+class NewWeights(MapReading):
+    """Options of every metric that explains models with new weights."""
+
+    num_draws: int | None = Field(None, ge=1)
+    """Sets of new weights that the images of a repeat are spread over, by their ids; None: every image has its own. A
+    small number is cheaper: the models of a set are built once a shard, all stages in about the time of one forward
+    pass on a CPU, and its images are explained in one batch. But its images move together, which an interval over
+    patients does not see: it is then conditional on these sets, and only `repeats` show how far they move a score."""
+    seed: int | None = None
+    """None: weights hang on the run's seed, the repeat and the image (or its set). A number fixes one set for all
+    images, repeats and runs (Quantus: 42): repeats then agree, and every interval is conditional on that set."""
+
+    @model_validator(mode="after")
+    def _one_set_has_one_seed(self) -> Self:
+        if self.seed is not None and (self.num_draws or 1) > 1:
+            raise ValueError(
+                f"`seed` fixes one set of new weights, so num_draws={self.num_draws} has no meaning: leave one out"
+            )
+        return self
+
+    def weights_seed(self, key: DrawKey) -> int:
+        """What an image's new weights are drawn from."""
+        if self.seed is not None:
+            return self.seed
+        generator = key.generator("new_weights")
+        if self.num_draws is not None:
+            place = int(key.generator("new_weights_set").integers(self.num_draws))
+            generator = keyed_generator(key.seed, "", f"new_weights_of_set:{place}", key.repeat)
+        return int(generator.integers(2**63 - 1))
+
+
+class MprtOptions(NewWeights):
     abs: bool = True
     order: Literal["top_down", "bottom_up", "independent"] = "top_down"
     """Layers re-initialised from the head down, from the input up (both cascading), or one at a time."""
@@ -99,23 +134,22 @@ class MprtOptions(MapReading):
     """How many layers are re-initialised at each stage, -1 all of them (under `independent`: which layer, counted from
     the head). None: the shares of the model's layers that a ViT of twelve blocks has in its head and last norm, then
     with one, two, four and eight of its blocks too, then everything. Quantus goes through every layer."""
-    seed: int = 42
-    """Seed of the new weights, the same for all images."""
     similarity: Similarity = "spearman"
 
     @property
     def num_stages(self) -> int:
         return len(self.stages or STAGE_SHARES)
 
-    def changed_models(self, noisy: NoisyVariant | None = None) -> tuple[WeightsVariant, ...]:
+    def changed_models(self, key: DrawKey, noisy: NoisyVariant | None = None) -> tuple[WeightsVariant, ...]:
         """The question for each stage: the image (or a noisy copy) on the model with new weights."""
+        seed = self.weights_seed(key)
         if self.stages is None:
             return tuple(
-                WeightsVariant(order=self.order, num_layers=None, share=share, seed=self.seed, noisy=noisy)
+                WeightsVariant(order=self.order, num_layers=None, share=share, seed=seed, noisy=noisy)
                 for share in STAGE_SHARES
             )
         return tuple(
-            WeightsVariant(order=self.order, num_layers=stage, seed=self.seed, noisy=noisy) for stage in self.stages
+            WeightsVariant(order=self.order, num_layers=stage, seed=seed, noisy=noisy) for stage in self.stages
         )
 
 
@@ -124,7 +158,8 @@ class Mprt(VariantMetric):
     """Mean similarity over the stages of the map to the map of the model with new weights; a faithful map scores low.
 
     Adebayo et al. 2018 (model parameter randomisation test). Quantus's average also counts the unchanged
-    model, which compares the map with itself; here it does not.
+    model, which compares the map with itself; here it does not. Quantus gives all images the same new weights
+    (`seed`).
     """
 
     name = "mprt"
@@ -137,7 +172,7 @@ class Mprt(VariantMetric):
     options: MprtOptions
 
     def variants(self, view: ImageView) -> tuple[Variant, ...]:
-        return self.options.changed_models()
+        return self.options.changed_models(view.key)
 
     def num_variants(self) -> int:
         return self.options.num_stages
@@ -157,15 +192,13 @@ class Mprt(VariantMetric):
 
     def cell_key(self) -> str:
         options = self.options
-        return f"weights:{options.order}:{options.stages}:{options.seed}"
+        return weights_key(options, options.order, options.stages)
 
 
-class EfficientMprtOptions(MapReading):
+class EfficientMprtOptions(NewWeights):
     normalise: bool = False
     num_bins: int = Field(100, ge=2)
     """Bins of the histogram whose entropy is taken."""
-    seed: int = 42
-    """Seed of the new weights, the same for all images."""
 
 
 @METRICS.register("efficient_mprt")
@@ -185,7 +218,7 @@ class EfficientMprt(VariantMetric):
     options: EfficientMprtOptions
 
     def variants(self, view: ImageView) -> tuple[Variant, ...]:
-        return (WeightsVariant(order="bottom_up", num_layers=-1, seed=self.options.seed),)
+        return (WeightsVariant(order="bottom_up", num_layers=-1, seed=self.options.weights_seed(view.key)),)
 
     def num_variants(self) -> int:
         return 1
@@ -198,7 +231,12 @@ class EfficientMprt(VariantMetric):
         return (after - before) / before
 
     def cell_key(self) -> str:
-        return f"weights:bottom_up:(-1,):{self.options.seed}"
+        return weights_key(self.options, "bottom_up", (-1,))
+
+
+def weights_key(options: NewWeights, order: str, stages: tuple[int, ...] | None) -> str:
+    """Equal for metrics that explain the same models."""
+    return f"weights:{order}:{stages}:{options.seed}:{options.num_draws}"
 
 
 def histogram_entropy(values_HW: NDArray[np.float64], num_bins: int) -> float:
@@ -246,7 +284,7 @@ class SmoothMprt(VariantMetric):
             NoisyVariant(plan=plan, sample=sample, target="original", draws=options.draws)
             for sample in range(plan.num_samples)
         ]
-        copies_by_stage = zip(*(options.changed_models(copy) for copy in [*noisy, None]), strict=True)
+        copies_by_stage = zip(*(options.changed_models(view.key, copy) for copy in [*noisy, None]), strict=True)
         return (*noisy, *itertools.chain.from_iterable(copies_by_stage))
 
     def num_variants(self) -> int:

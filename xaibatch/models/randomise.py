@@ -1,6 +1,7 @@
 """Models with re-initialised layers, for randomisation metrics: a model and a WeightsVariant in, a copy out."""
 
 import copy
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -31,18 +32,35 @@ def randomised(model: ModuleT, variant: WeightsVariant) -> ModuleT:
     itself and the global random state are left alone. Parameters outside such modules (class token, position embedding)
     stay, as in Quantus. Raises ConfigError for a number of layers that the model does not have.
     """
-    changed = copy.deepcopy(model)
-    modules = dict(changed.named_modules())
-    for name in _chosen(layer_names(changed), variant):
-        seed = int(keyed_generator(variant.seed, "", "randomise", 0, name).integers(2**63 - 1))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            module: Any = modules[name]
-            before = next(module.parameters(recurse=False))
-            device, dtype = before.device, before.dtype
-            module.to("cpu", torch.float32).reset_parameters()
-            module.to(device, dtype)
-    return changed
+    return next(iter(randomised_in_turn(model, [variant])))
+
+
+def randomised_in_turn(model: ModuleT, variants: Iterable[WeightsVariant]) -> Iterator[ModuleT]:
+    """Yield each variant's model as `randomised` makes it; one is valid until the next is asked for.
+
+    A variant of the seed and layers of the one before it, and more layers after them, changes that one's model further
+    instead of a new copy: the stages of a cascade together cost one re-initialisation of the model.
+    """
+    changed, done, seed = model, tuple[str, ...](), 0
+    for variant in variants:
+        names = _chosen(layer_names(model), variant)
+        if not done or seed != variant.seed or done != names[: len(done)]:
+            changed, done, seed = copy.deepcopy(model), (), variant.seed
+        modules = dict(changed.named_modules())
+        for name in names[len(done) :]:
+            _reset(modules[name], int(keyed_generator(seed, "", "randomise", 0, name).integers(2**63 - 1)))
+        done = names
+        yield changed
+
+
+def _reset(module: Any, seed: int) -> None:
+    """Give a layer new weights, drawn on the CPU in float32 from torch's own generator with this seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        before = next(module.parameters(recurse=False))
+        device, dtype = before.device, before.dtype
+        module.to("cpu", torch.float32).reset_parameters()
+        module.to(device, dtype)
 
 
 def _chosen(names: tuple[str, ...], variant: WeightsVariant) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from xaibatch.explainers.base import Explainer, ExplainInput
 from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.metrics.base import NoisyVariant, TargetVariant, TwinVariant, WeightsVariant
 from xaibatch.models.classifier import Classifier
-from xaibatch.models.randomise import randomised
+from xaibatch.models.randomise import randomised_in_turn
 from xaibatch.perturb.expand import expand
 from xaibatch.perturb.runner import PlanRunner, is_out_of_memory
 from xaibatch.pipeline.device import is_no_fault_of_the_image
@@ -290,17 +290,17 @@ class Session:
             ask = question.ask
             by_model[replace(ask, noisy=None) if isinstance(ask, WeightsVariant) else None].append(index)
         original = self.model
+        changed = randomised_in_turn(original, [weights for weights in by_model if weights is not None])
         for weights, indices in by_model.items():
             items = [self._variant_item(shard, questions[index]) for index in indices]
             made = {name: [maps[index] for index in indices] for name, maps in segments.items()}
             try:
                 if weights is not None:
-                    self._use(randomised(original, weights))
+                    self._use(next(changed))
                 images_NCHW = torch.stack([item.image_CHW for item in items])
                 explained = self._explain(items, list(self.explainers), self._forward(images_NCHW), made)
             finally:
-                if weights is not None:
-                    self._use(original)
+                self._use(original)
             for index, outcome in zip(indices, explained, strict=True):
                 maps: dict[str, Any] = {label: outcome.maps.get(label) for label in self.explainers}
                 answers[index] = Answer(logits=outcome.logits_K, target=outcome.target, maps=maps)
