@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from xaibatch.cluster.losses import is_loss
 from xaibatch.cluster.replica import Segments, Spent
 from xaibatch.data.storage import StoreError, is_away
-from xaibatch.metrics.base import NoisyVariant, TwinVariant
 from xaibatch.perturb.segmentation import segment
 from xaibatch.pipeline.cells import MetricGroup
-from xaibatch.pipeline.job import Answer, GroupPlan, Job, Question, ShardExplanations
+from xaibatch.pipeline.job import Answer, GroupPlan, Job, ShardExplanations
 from xaibatch.pipeline.scoring import plan_group, score_group
+from xaibatch.pipeline.variant_image import about, changed_image
 from xaibatch.pipeline.work import EXPLAIN, CellReport, Stopwatch
 from xaibatch.pipeline.writing import write_explanations, write_scores
 from xaibatch.seeding import DrawKey
@@ -60,27 +60,14 @@ def segment_variants(
     with clock.measure("segmentation"):
         known: dict[object, list[NDArray[np.int32]]] = {}
         for question in _piece(plan.questions, piece, num_pieces):
-            about, image_CHW = _variant_image(batch, question)
-            if about not in known:
-                known[about] = [segment(image_CHW, spec, patch_size=job.tokens.patch) for spec in specs]
-            for spec, segments_HW in zip(specs, known[about], strict=True):
+            image = about(question)
+            if image not in known:
+                changed_CHW = changed_image(batch, question)
+                image_CHW = batch.images_BCHW[question.row] if changed_CHW is None else changed_CHW
+                known[image] = [segment(image_CHW, spec, patch_size=job.tokens.patch) for spec in specs]
+            for spec, segments_HW in zip(specs, known[image], strict=True):
                 segments[spec].append(segments_HW)
     return segments, Spent(seconds=clock.seconds)
-
-
-def _variant_image(batch: ImageBatch, question: Question) -> tuple[object, NDArray[np.floating]]:
-    """The image that a variant is explained on, equal bit for bit to what the replica makes of it, and what tells it
-    from the other images of the shard."""
-    image_CHW, ask = batch.images_BCHW[question.row], question.ask
-    if isinstance(ask, NoisyVariant):
-        channels, height, width = image_CHW.shape
-        noise_CHW = ask.plan.noise_CHW(ask.sample, (channels, height, width))
-        noisy_CHW = (np.asarray(image_CHW, np.float64) + noise_CHW).astype(image_CHW.dtype)
-        return (question.row, question.repeat, ask.plan, ask.sample), noisy_CHW
-    if isinstance(ask, TwinVariant):
-        assert batch.twins_BCHW is not None
-        return (question.row, "twin"), batch.twins_BCHW[question.row]
-    return question.row, image_CHW
 
 
 def _piece(items: Sequence[ItemT], piece: int, num_pieces: int) -> Sequence[ItemT]:

@@ -21,12 +21,12 @@ from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.metrics.base import NoisyVariant, TargetVariant, TwinVariant, WeightsVariant
 from xaibatch.models.classifier import Classifier
 from xaibatch.models.randomise import randomised_in_turn
-from xaibatch.perturb.expand import expand
 from xaibatch.perturb.runner import PlanRunner, is_out_of_memory
 from xaibatch.pipeline.device import is_no_fault_of_the_image
 from xaibatch.pipeline.facts import model_of
 from xaibatch.pipeline.job import Answer, GroupPlan, Job, Question, ShardExplanations
 from xaibatch.pipeline.outcome import Explained, Item, explainer_failure, stack
+from xaibatch.pipeline.variant_image import changed_image
 from xaibatch.seeding import DrawKey
 from xaibatch.types import ExplanationBatch, Failure, ImageBatch, Shard
 
@@ -312,24 +312,23 @@ class Session:
             runner.model = model
 
     def _variant_item(self, shard: Shard, question: Question) -> Item:
-        held = self.hold(shard)
-        image_CHW, ask = held.images_BCHW[question.row], question.ask
+        held, ask = self.hold(shard), question.ask
+        changed_CHW = changed_image(held.batch, question)
+        image_CHW = held.images_BCHW[question.row]
+        if changed_CHW is not None:
+            image_CHW = torch.tensor(changed_CHW, dtype=self.dtype, device=self.device)
         key = self.job.key(held.batch.ids[question.row], question.repeat)
-        label = int(held.batch.labels_B[question.row])
         if isinstance(ask, WeightsVariant) and ask.noisy is not None:
             ask = ask.noisy
-        if isinstance(ask, NoisyVariant):
-            noisy_CHW = expand(ask.plan, image_CHW, ask.sample, ask.sample + 1)[0]
-            fresh = key if ask.draws == "paired" else key.of_variant(f"noise:{ask.sample}")
-            target = self._original_target(shard, question.row) if ask.target == "original" else self._target(label)
-            return Item(image_CHW=noisy_CHW, key=fresh, target=target)
+        if isinstance(ask, NoisyVariant) and ask.draws == "fresh":
+            key = key.of_variant(f"noise:{ask.sample}")
         if isinstance(ask, TargetVariant):
-            return Item(image_CHW=image_CHW, key=key, target=ask.target)
-        if isinstance(ask, TwinVariant):
-            assert held.batch.twins_BCHW is not None
-            twin_CHW = torch.tensor(held.batch.twins_BCHW[question.row], dtype=self.dtype, device=self.device)
-            return Item(image_CHW=twin_CHW, key=key, target=self._original_target(shard, question.row))
-        return Item(image_CHW=image_CHW, key=key, target=self._original_target(shard, question.row))
+            target = ask.target
+        elif isinstance(ask, NoisyVariant) and ask.target == "as_configured":
+            target = self._target(int(held.batch.labels_B[question.row]))
+        else:
+            target = self._original_target(shard, question.row)
+        return Item(image_CHW=image_CHW, key=key, target=target)
 
     def _original_target(self, shard: Shard, row: int) -> int:
         """The class that is explained for the image itself."""
