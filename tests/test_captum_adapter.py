@@ -115,7 +115,7 @@ def test_smoothgrad_is_the_mean_gradient_of_noisy_copies(small):
     options = {"noise_samples": 5, "noise_stdev": 0.3, "arguments": {"abs": False}}
     inputs = make_inputs(small.model, small.images[:1], small.pred[:1])
     maps = resolve_explainer("captum:Saliency")(internal_batch_size=2, **options).explain(inputs).maps_Bhw
-    plan = GaussianNoisePlan(key=inputs.keys[0], num_samples=5, mean=0.0, std=0.3)
+    plan = GaussianNoisePlan(key=inputs.keys[0], purpose="noise_tunnel", num_samples=5, mean=0.0, std=0.3)
     copies = torch.stack([small.images[0] + torch.from_numpy(plan.noise_CHW(s, (3, 64, 64))) for s in range(5)])
     copies.requires_grad_()
     (gradients,) = torch.autograd.grad(small.model(copies)[:, small.pred[0]].sum(), copies)

@@ -41,7 +41,7 @@ def test_a_fill_plan_sets_its_entries_to_one_number(entries: str) -> None:
 
 def test_normal_noise_is_added_in_float64_and_drawn_from_the_key() -> None:
     image = some_images(1)[0]
-    plan = GaussianNoisePlan(key=key_of(0), num_samples=5, mean=0.5, std=0.2)
+    plan = GaussianNoisePlan(key=key_of(0), purpose="test", num_samples=5, mean=0.5, std=0.2)
     copies = expand(plan, torch.as_tensor(image), 3, 5).numpy()
     for copy, sample in zip(copies, (3, 4), strict=True):
         np.testing.assert_array_equal(

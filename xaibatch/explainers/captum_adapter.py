@@ -266,7 +266,7 @@ class KeyedNoiseTunnel(NoiseTunnel):  # type: ignore[misc]
 
     def _add_noise_to_input(self, input: Tensor, stdev: float, nt_samples_partition: int) -> Tensor:
         start, self.num_drawn = self.num_drawn, self.num_drawn + nt_samples_partition
-        plan = GaussianNoisePlan(key=self.key, num_samples=self.num_drawn, mean=0.0, std=stdev)
+        plan = GaussianNoisePlan(key=self.key, purpose="noise_tunnel", num_samples=self.num_drawn, mean=0.0, std=stdev)
         return expand(plan, input[0], start, self.num_drawn)
 
 

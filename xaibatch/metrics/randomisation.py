@@ -279,7 +279,9 @@ class SmoothMprt(VariantMetric):
         """The noisy copies of the model itself, then for each stage its noisy copies and the image."""
         options, image_CHW = self.options, view.image()
         std = options.noise_magnitude * float(image_CHW.max() - image_CHW.min())
-        plan = GaussianNoisePlan(key=view.key, num_samples=options.num_samples - 1, mean=0.0, std=std)
+        plan = GaussianNoisePlan(
+            key=view.key, purpose="smooth_mprt", num_samples=options.num_samples - 1, mean=0.0, std=std
+        )
         noisy = [
             NoisyVariant(plan=plan, sample=sample, target="original", draws=options.draws)
             for sample in range(plan.num_samples)

@@ -44,7 +44,13 @@ class LocalLipschitzEstimate(VariantMetric):
 
     def variants(self, view: ImageView) -> tuple[NoisyVariant, ...]:
         options = self.options
-        plan = GaussianNoisePlan(key=view.key, num_samples=options.num_samples, mean=options.mean, std=options.std)
+        plan = GaussianNoisePlan(
+            key=view.key,
+            purpose="local_lipschitz_estimate",
+            num_samples=options.num_samples,
+            mean=options.mean,
+            std=options.std,
+        )
         return noisy_variants(plan, options)
 
     def num_variants(self) -> int:

@@ -122,16 +122,18 @@ class WindowPlan:
 class GaussianNoisePlan:
     """Copy s is the image plus normal noise of this mean and standard deviation, drawn per channel entry from the key.
 
-    Drawn like the uniform noise: `key.generator(f"gaussian:{s}")`, float64, added and only then cast.
+    Drawn like the uniform noise: `key.generator(f"{purpose}:{s}")`, float64, added and only then cast. `purpose` names
+    who adds it, for a metric's noise must not be an explainer's own (SmoothGrad).
     """
 
     key: DrawKey
+    purpose: str
     num_samples: int
     mean: float
     std: float
 
     def noise_CHW(self, sample: int, shape: tuple[int, int, int]) -> NDArray[np.float64]:
-        return self.key.generator(f"gaussian:{sample}").normal(self.mean, self.std, shape)
+        return self.key.generator(f"{self.purpose}:{sample}").normal(self.mean, self.std, shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
