@@ -30,7 +30,7 @@ def written(node: ast.expr) -> str | None:
 def streams() -> dict[str, tuple[str, str | None]]:
     """File and line -> purpose and image id of every keyed generator that the package asks for by a purpose of its own.
 
-    A plan of normal noise is told its purpose, so where the plan is made counts.
+    A plan of normal noise is told its purpose ("{}:{}" where it draws), so where the plan is made counts.
     """
     found = {}
     root = Path(xaibatch.__file__).parent
@@ -50,7 +50,7 @@ def streams() -> dict[str, tuple[str, str | None]]:
                 purpose = f"{written(given['purpose'])}:{{}}"
             else:
                 continue
-            if purpose is not None:
+            if purpose is not None and purpose != "{}:{}":
                 found[f"{path.relative_to(root)}:{node.lineno}"] = (purpose, image_id)
     return found
 
