@@ -174,13 +174,13 @@ def test_the_announced_copies_are_the_copies_of_the_plan(name: str) -> None:
     metric = METRICS[name]()
     assert isinstance(metric, PlanMetric)
     plan = metric.plan(bench.view(0) if metric.plan_uses_map else bench.image_view(0))
-    announced = metric.num_forward_passes(1, bench.x.shape[1:], bench.patch_size)
+    announced = metric.num_forward_passes(1, bench.x.shape[1:], bench.view(0).tokens)
     if name == "irof":  # SLIC makes about as many superpixels as it is asked for
         assert 0.8 * announced < plan.num_samples < 1.2 * announced
     else:
         assert plan.num_samples == announced
     shared = not metric.plan_uses_map
-    assert metric.num_forward_passes(4, bench.x.shape[1:], bench.patch_size) == announced * (1 if shared else 4)
+    assert metric.num_forward_passes(4, bench.x.shape[1:], bench.view(0).tokens) == announced * (1 if shared else 4)
     assert ("shared" in metric.cost()) == shared
 
 

@@ -55,6 +55,13 @@ class TokenGrid:
         return self.rows * self.patch_height, self.columns * self.patch_width
 
 
+def fitting_grid(size: tuple[int, int], side: int) -> TokenGrid:
+    """The squares of `side` pixels that fit into an image of `size` (H,W), at least one: for a model of which no more
+    is known."""
+    rows, columns = (max(1, pixels // side) for pixels in size)
+    return TokenGrid(rows, columns, side, side)
+
+
 class PlacedMapOptions(MapOptions):
     """The options of a run whose model's tokens are known."""
 

@@ -14,18 +14,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xaibatch.errors import NotScoredError
-from xaibatch.maps import MapOptions, pixel_map
+from xaibatch.maps import MapOptions, TokenGrid, fitting_grid, pixel_map
 from xaibatch.options import Options, validated
 from xaibatch.perturb.plans import GaussianNoisePlan, PerturbationPlan, UniformNoisePlan
 from xaibatch.registry import Registry
 from xaibatch.seeding import DrawKey
 from xaibatch.types import MISSING_LABEL, MISSING_MASK, MISSING_TWIN
+
+NOMINAL_GRID: Final = TokenGrid(14, 14, 16, 16)
+"""The tokens of a ViT/16 on 224 pixels, for costs said without a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +49,16 @@ class ImageView:
     """The lesion-free twin (normalised), where a metric needs it and the image has one; then `image_CHW` too."""
     masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     patch_size: int = 16
-    """Side of a patch token in pixels, for patch-aligned plans."""
+    """Side of a patch token in pixels, for steps of as many entries as a token has."""
+    grid: TokenGrid | None = None
+    """Where the model's tokens lie, for patch-aligned plans; None: squares of patch_size, as many as fit in."""
     target: int = -1
     """The explained class where it is the same for all explainers, -1 where that is not known."""
+
+    @property
+    def tokens(self) -> TokenGrid:
+        """The model's tokens on the image."""
+        return self.grid or fitting_grid((self.shape_CHW[1], self.shape_CHW[2]), self.patch_size)
 
     def scored_class(self, which: Literal["label", "predicted"]) -> int:
         """The class whose output a faithfulness metric reads; raises NotScoredError if the label is unknown."""
@@ -176,14 +186,14 @@ class Metric(ABC):
         that no forward pass is spent before. May warn of what the scores depend on."""
 
     def num_forward_passes(
-        self, num_explainers: int, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16
+        self, num_explainers: int, shape_CHW: tuple[int, int, int] = (3, 224, 224), grid: TokenGrid = NOMINAL_GRID
     ) -> int:
         """Forward passes on perturbed copies per image and repeat (explanations of variants not counted)."""
         return 0
 
-    def cost(self, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16) -> str:
+    def cost(self, shape_CHW: tuple[int, int, int] = (3, 224, 224), grid: TokenGrid = NOMINAL_GRID) -> str:
         """The cost per image for people, as `xaibatch list metrics` prints it."""
-        shared, again = (self.num_forward_passes(n, shape_CHW, patch_size) for n in (1, 2))
+        shared, again = (self.num_forward_passes(n, shape_CHW, grid) for n in (1, 2))
         if not shared:
             return "none"
         return f"{shared} forward passes{', shared by all explainers' if again == shared else ' per explainer'}"
@@ -212,14 +222,14 @@ class PlanMetric(Metric):
         if getattr(self.options, "scored_class", None) == "label":
             self.needs = self.needs | {"label"}
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
-        """How many copies of an image of this shape the plan runs, for the estimate before a run."""
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
+        """How many copies of an image of this shape and tokens the plan runs, for the estimate before a run."""
         return 0
 
     def num_forward_passes(
-        self, num_explainers: int, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16
+        self, num_explainers: int, shape_CHW: tuple[int, int, int] = (3, 224, 224), grid: TokenGrid = NOMINAL_GRID
     ) -> int:
-        return self.num_copies(shape_CHW, patch_size) * (num_explainers if self.plan_uses_map else 1)
+        return self.num_copies(shape_CHW, grid) * (num_explainers if self.plan_uses_map else 1)
 
     @abstractmethod
     def plan(self, view: ImageView) -> PerturbationPlan:
@@ -241,7 +251,7 @@ class VariantMetric(Metric):
     def num_variants(self) -> int:
         """How many explanations per image, repeat and explainer the variants are, for the estimate before a run."""
 
-    def cost(self, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16) -> str:
+    def cost(self, shape_CHW: tuple[int, int, int] = (3, 224, 224), grid: TokenGrid = NOMINAL_GRID) -> str:
         return f"{self.num_variants()} explanations per explainer"
 
     @abstractmethod

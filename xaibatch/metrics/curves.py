@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from xaibatch.maps import TokenGrid
 from xaibatch.metrics.base import ImageView
 from xaibatch.metrics.reading import MapReading, OutputReading
 from xaibatch.metrics.ties import ordered
@@ -97,9 +98,9 @@ class Area(Options):
         return -inf if lowest < 0 else 0.0, inf if highest > 0 else 0.0
 
 
-def num_steps(options: Steps, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
-    """Steps of an image of this shape."""
-    return len(options.counts(shape_CHW, patch_size))
+def num_steps(options: Steps, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
+    """Steps of an image of this shape and tokens."""
+    return len(options.counts(shape_CHW, grid.side))
 
 
 def order_key(options: Steps, direction: str) -> str:

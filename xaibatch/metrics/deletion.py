@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from xaibatch.maps import TokenGrid
 from xaibatch.metrics.base import METRICS, ImageView, MapView, PlanMetric
 from xaibatch.metrics.curves import (
     Area,
@@ -71,8 +72,8 @@ class PixelFlipping(PlanMetric):
     def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
         return self.options.area(self.curve(view, logits_SK))
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
-        return num_steps(self.options, shape_CHW, patch_size)
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
+        return num_steps(self.options, shape_CHW, grid)
 
     def cell_key(self) -> str:
         return order_key(self.options, "delete")
@@ -127,7 +128,7 @@ class RiseCurve(PlanMetric):
     def _step(self, shape_CHW: tuple[int, int, int]) -> int:
         return self.options.pixels_in_step or shape_CHW[2]
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
         return -(-shape_CHW[1] * shape_CHW[2] // self._step(shape_CHW))
 
 

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from xaibatch.maps import TokenGrid
 from xaibatch.metrics.base import METRICS, ImageView, MapView, PlanMetric
-from xaibatch.metrics.patches import patch_grid, sums_by_segment
+from xaibatch.metrics.patches import patches_of, sums_by_segment
 from xaibatch.metrics.reading import MapReading, OutputReading, outputs, read_map
 from xaibatch.metrics.similarity import Correlation, correlation
 from xaibatch.perturb.plans import Baseline, PerturbationPlan, SubsetPlan, SuperpixelPlan
@@ -61,13 +62,12 @@ class FaithfulnessCorrelation(PlanMetric):
         options, generator = self.options, view.key.generator("faithfulness_correlation")
         channels, height, width = view.shape_CHW
         if options.drawn == "patch":
-            segments_HW = patch_grid((height, width), view.patch_size)
-            num_patches = int(segments_HW.max()) + 1
-            size = min(options.subset_size or max(1, num_patches // 4), num_patches)
-            keep_SM = np.ones((options.num_runs, num_patches), bool)
+            patches = patches_of(view)
+            size = min(options.subset_size or max(1, patches.num // 4), patches.num)
+            keep_SM = np.ones((options.num_runs, patches.num_segments), bool)
             for keep_M in keep_SM:
-                keep_M[generator.choice(num_patches, size, replace=False)] = False
-            return SuperpixelPlan(segments_HW=segments_HW, keep_SM=keep_SM, baseline=options.baseline)
+                keep_M[generator.choice(patches.num, size, replace=False)] = False
+            return SuperpixelPlan(segments_HW=patches.segments_HW, keep_SM=keep_SM, baseline=options.baseline)
         num_entries = height * width * (channels if options.drawn == "channel" else 1)
         size = min(options.subset_size or self.SCATTERED_SUBSET, num_entries)
         index_SK = np.stack([generator.choice(num_entries, size, replace=False) for _ in range(options.num_runs)])
@@ -79,7 +79,7 @@ class FaithfulnessCorrelation(PlanMetric):
         relevance_S = hidden_relevance(read_map(view.pixels_HW, self.options), plan)
         return correlation(relevance_S, itself - copies_S, self.options.similarity)
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
         return self.options.num_runs
 
     def cell_key(self) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from xaibatch.maps import TokenGrid
 from xaibatch.metrics.base import METRICS, ImageView, MapView, PlanMetric
-from xaibatch.metrics.patches import patch_grid, sums_by_segment
+from xaibatch.metrics.patches import num_patches, patches_of, sums_by_segment
 from xaibatch.metrics.reading import MapReading, OutputReading, outputs, read_map
 from xaibatch.perturb.plans import PerturbationPlan, SuperpixelPlan
 
@@ -21,7 +22,8 @@ class InfidelityOptions(MapReading, OutputReading):
     """`quantus-0.6`: squares are removed one after another, row by row, until nothing is left; `yeh-2019`: each
     square is removed alone."""
     patch_size: int | None = Field(None, ge=1)
-    """Side of a square in pixels; None: the model's token (Quantus: 4, which is 3,136 forward passes at 224 pixels)."""
+    """Side of the squares in pixels, on a centred grid (Quantus: 4, which is 3,136 forward passes at 224 pixels). None:
+    the model's own tokens; what they leave of the image, which the model does not see, is never removed."""
     baseline: float | Literal["black", "white", "mean"] = "black"
     """What a removed square becomes, from the unchanged image."""
 
@@ -48,12 +50,11 @@ class Infidelity(PlanMetric):
     options: InfidelityOptions
 
     def plan(self, view: ImageView) -> PerturbationPlan:
-        segments_HW = patch_grid((view.shape_CHW[1], view.shape_CHW[2]), self.options.patch_size or view.patch_size)
-        num_patches = int(segments_HW.max()) + 1
-        removed_SM = np.eye(num_patches, dtype=bool)
+        patches = patches_of(view, self.options.patch_size)
+        removed_SM = np.eye(patches.num, patches.num_segments, dtype=bool)
         if self.options.semantics == "quantus-0.6":
-            removed_SM = np.tri(num_patches, dtype=bool)
-        return SuperpixelPlan(segments_HW=segments_HW, keep_SM=~removed_SM, baseline=self.options.baseline)
+            removed_SM = np.tri(patches.num, patches.num_segments, dtype=bool)
+        return SuperpixelPlan(segments_HW=patches.segments_HW, keep_SM=~removed_SM, baseline=self.options.baseline)
 
     def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
         assert isinstance(plan, SuperpixelPlan)
@@ -64,9 +65,8 @@ class Infidelity(PlanMetric):
         predicted_S = (~plan.keep_SM).astype(np.float64) @ predicted_M
         return float(((itself - copies_S - predicted_S) ** 2).mean())
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
-        side = self.options.patch_size or patch_size
-        return -(-shape_CHW[1] // side) * -(-shape_CHW[2] // side)
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
+        return num_patches(shape_CHW, grid, self.options.patch_size)
 
     def cell_key(self) -> str:
         return f"squares:{self.options.semantics}:{self.options.patch_size}:{self.options.baseline}"

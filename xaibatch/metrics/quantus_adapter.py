@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from xaibatch.errors import ConfigError, NotScoredError, UnknownNameError, UsageError
-from xaibatch.metrics.base import Metric
+from xaibatch.maps import TokenGrid
+from xaibatch.metrics.base import NOMINAL_GRID, Metric
 from xaibatch.metrics.curves import trapezoid
 from xaibatch.metrics.quantus_environment import (
     Explain,
@@ -102,7 +103,7 @@ class QuantusMetric(Metric):
             given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
             raise ConfigError(f"{self.name} refuses {given}: {type(error).__name__} {error}") from None
 
-    def cost(self, shape_CHW: tuple[int, int, int] = (3, 224, 224), patch_size: int = 16) -> str:
+    def cost(self, shape_CHW: tuple[int, int, int] = (3, 224, 224), grid: TokenGrid = NOMINAL_GRID) -> str:
         return "as Quantus calls the model, per explainer"
 
     def __reduce__(self) -> tuple[Any, ...]:

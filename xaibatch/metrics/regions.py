@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from xaibatch.errors import NotScoredError
+from xaibatch.maps import TokenGrid
 from xaibatch.metrics.base import METRICS, ImageView, MapView, PlanMetric
 from xaibatch.metrics.curves import Area, order_of, trapezoid
-from xaibatch.metrics.patches import patch_grid, sums_by_segment
+from xaibatch.metrics.patches import Patches, num_patches, patches_of, sums_by_segment
 from xaibatch.metrics.reading import MapReading, Output, OutputReading, outputs, read_map
 from xaibatch.perturb.plans import Baseline, PerturbationPlan, SuperpixelPlan
 from xaibatch.types import ZERO_DENOMINATOR
@@ -22,8 +23,8 @@ from xaibatch.types import ZERO_DENOMINATOR
 def removal_of_regions(
     segments_HW: NDArray[np.int32], order_M: NDArray[np.int32], num_steps: int, baseline: Baseline
 ) -> SuperpixelPlan:
-    """Copy s lacks the first s + 1 regions of the order."""
-    rank_M = np.empty(len(order_M), np.int32)
+    """Copy s lacks the first s + 1 regions of the order; one that the order does not name always stays."""
+    rank_M = np.full(segments_HW.max() + 1, len(order_M), np.int32)
     rank_M[order_M] = np.arange(len(order_M), dtype=np.int32)
     keep_SM = rank_M > np.arange(min(num_steps, len(order_M)))[:, None]
     return SuperpixelPlan(segments_HW=segments_HW, keep_SM=keep_SM, baseline=baseline)
@@ -32,18 +33,14 @@ def removal_of_regions(
 class PatchOptions(MapReading, OutputReading, Area):
     output: Output = "probability"
     patch_size: int | None = Field(None, ge=1)
-    """Side of a square region in pixels; None: the model's token (Quantus: 8)."""
+    """Side of the square regions in pixels, on a centred grid as Quantus lays it (Quantus: 8). None: the model's own
+    tokens; what they leave of the image, which the model does not see, is never removed."""
     baseline: Baseline = "black"
     """What a removed region becomes, from the unchanged image."""
 
-    def grid(self, view: ImageView) -> NDArray[np.int32]:
-        """Number of the region that each pixel lies in (H,W)."""
-        return patch_grid((view.shape_CHW[1], view.shape_CHW[2]), self.patch_size or view.patch_size)
-
-    def num_patches(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
-        """Regions of an image of this shape."""
-        side = self.patch_size or patch_size
-        return -(-shape_CHW[1] // side) * -(-shape_CHW[2] // side)
+    def relevance(self, view: MapView, patches: Patches) -> NDArray[np.float64]:
+        """Sum of the map over each region (M,)."""
+        return sums_by_segment(read_map(view.pixels_HW, self), patches.segments_HW)[: patches.num]
 
 
 class RegionPerturbationOptions(PatchOptions):
@@ -80,13 +77,13 @@ class RegionPerturbation(PlanMetric):
 
     def plan(self, view: ImageView) -> PerturbationPlan:
         assert isinstance(view, MapView)
-        segments_HW = self.options.grid(view)
-        relevance_M = sums_by_segment(read_map(view.pixels_HW, self.options), segments_HW)
+        patches = patches_of(view, self.options.patch_size)
+        relevance_M = self.options.relevance(view, patches)
         if self.options.order == "random":
             order_M = view.key.generator("region_perturbation").permutation(len(relevance_M)).astype(np.int32)
         else:
             order_M = order_of(relevance_M, "descending" if self.options.order == "morf" else "ascending")
-        return removal_of_regions(segments_HW, order_M, self.options.regions_evaluation, self.options.baseline)
+        return removal_of_regions(patches.segments_HW, order_M, self.options.regions_evaluation, self.options.baseline)
 
     def curve(self, view: MapView, logits_SK: NDArray[np.float64]) -> NDArray[np.float64]:
         """How far the scored class's output has dropped after each region (S,)."""
@@ -96,8 +93,8 @@ class RegionPerturbation(PlanMetric):
     def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
         return self.options.area(self.curve(view, logits_SK))
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
-        return min(self.options.num_patches(shape_CHW, patch_size), self.options.regions_evaluation)
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
+        return min(num_patches(shape_CHW, grid, self.options.patch_size), self.options.regions_evaluation)
 
 
 @METRICS.register("selectivity")
@@ -122,10 +119,10 @@ class Selectivity(PlanMetric):
 
     def plan(self, view: ImageView) -> PerturbationPlan:
         assert isinstance(view, MapView)
-        segments_HW = self.options.grid(view)
-        relevance_M = sums_by_segment(read_map(view.pixels_HW, self.options), segments_HW)
+        patches = patches_of(view, self.options.patch_size)
+        relevance_M = self.options.relevance(view, patches)
         order_M = order_of(relevance_M, "descending")
-        return removal_of_regions(segments_HW, order_M, len(order_M), self.options.baseline)
+        return removal_of_regions(patches.segments_HW, order_M, len(order_M), self.options.baseline)
 
     def curve(self, view: MapView, logits_SK: NDArray[np.float64]) -> NDArray[np.float64]:
         """The scored class's output after each region (S,)."""
@@ -134,8 +131,8 @@ class Selectivity(PlanMetric):
     def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
         return self.options.area(self.curve(view, logits_SK))
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
-        return self.options.num_patches(shape_CHW, patch_size)
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
+        return num_patches(shape_CHW, grid, self.options.patch_size)
 
 
 class IrofOptions(MapReading, OutputReading):
@@ -199,5 +196,5 @@ class Irof(PlanMetric):
         over = num_segments - trapezoid(copies_S / itself)
         return over if self.options.auc == "steps" else over / num_segments
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
         return self.options.num_segments

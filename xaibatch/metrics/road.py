@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from xaibatch.maps import TokenGrid
 from xaibatch.metrics.base import METRICS, ImageView, MapView, PlanMetric
 from xaibatch.metrics.curves import order_of
 from xaibatch.metrics.reading import MapReading, ScoredClass, read_map
@@ -52,5 +53,5 @@ class Road(PlanMetric):
     def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
         return float((np.argmax(logits_SK, -1) == view.scored_class(self.options.scored_class)).mean())
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
         return len(self.options.percentages)

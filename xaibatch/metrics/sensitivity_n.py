@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from xaibatch.errors import NotScoredError
+from xaibatch.maps import TokenGrid
 from xaibatch.metrics.base import METRICS, ImageView, MapView, PlanMetric
 from xaibatch.metrics.curves import Steps, counts_of, num_steps, order_key, relevance_by_entry, sums_by_step
 from xaibatch.metrics.deletion import removal_plan
 from xaibatch.metrics.faithfulness_correlation import hidden_relevance
-from xaibatch.metrics.patches import patch_grid
+from xaibatch.metrics.patches import num_patches, patches_of
 from xaibatch.metrics.reading import Output, outputs, read_map
 from xaibatch.metrics.similarity import Correlation, correlation
 from xaibatch.perturb.plans import OrderPlan, PerturbationPlan, SuperpixelPlan
@@ -68,14 +69,13 @@ class SensitivityN(PlanMetric):
     def plan(self, view: ImageView) -> PerturbationPlan:
         if self.options.semantics == "quantus-0.6":
             return removal_plan(view, self.options)
-        segments_HW = patch_grid((view.shape_CHW[1], view.shape_CHW[2]), view.patch_size)
-        num_patches = int(segments_HW.max()) + 1
+        patches = patches_of(view)
         generator = view.key.generator("sensitivity_n")
-        sizes_S = np.repeat(self._sizes(num_patches), self.options.num_runs)
-        keep_SM = np.ones((len(sizes_S), num_patches), bool)
+        sizes_S = np.repeat(self._sizes(patches.num), self.options.num_runs)
+        keep_SM = np.ones((len(sizes_S), patches.num_segments), bool)
         for keep_M, size in zip(keep_SM, sizes_S, strict=True):
-            keep_M[generator.choice(num_patches, size, replace=False)] = False
-        return SuperpixelPlan(segments_HW=segments_HW, keep_SM=keep_SM, baseline=self.options.baseline)
+            keep_M[generator.choice(patches.num, size, replace=False)] = False
+        return SuperpixelPlan(segments_HW=patches.segments_HW, keep_SM=keep_SM, baseline=self.options.baseline)
 
     def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
         itself, copies_S = outputs(view, logits_SK, self.options)
@@ -99,8 +99,8 @@ class SensitivityN(PlanMetric):
             raise NotScoredError(ZERO_DENOMINATOR, "relevance or output is constant over the sets of every size")
         return float(np.mean(correlations))
 
-    def _sizes(self, num_patches: int) -> NDArray[np.int64]:
-        largest = max(1.0, self.options.n_max_percentage * num_patches)
+    def _sizes(self, num_tokens: int) -> NDArray[np.int64]:
+        largest = max(1.0, self.options.n_max_percentage * num_tokens)
         return np.unique(np.geomspace(1, largest, self.options.num_sizes).round().astype(np.int64))
 
     def _last_step(self, view: ImageView) -> int:
@@ -109,11 +109,10 @@ class SensitivityN(PlanMetric):
         step = self.options.entries_in_step(view.shape_CHW, view.patch_size)
         return min(int(self.options.n_max_percentage * num_pixels // step), len(counts_of(self.options, view)))
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
         if self.options.semantics == "quantus-0.6":
-            return num_steps(self.options, shape_CHW, patch_size)
-        num_patches = -(-shape_CHW[1] // patch_size) * -(-shape_CHW[2] // patch_size)
-        return len(self._sizes(num_patches)) * self.options.num_runs
+            return num_steps(self.options, shape_CHW, grid)
+        return len(self._sizes(num_patches(shape_CHW, grid))) * self.options.num_runs
 
     def cell_key(self) -> str:
         options = self.options

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from xaibatch.maps import TokenGrid
 from xaibatch.metrics.base import METRICS, ImageView, MapView, PlanMetric
 from xaibatch.metrics.curves import Steps, counts_of, num_steps, order_key, order_of, relevance_by_entry
 from xaibatch.metrics.reading import Output, outputs, read_map
@@ -64,8 +65,8 @@ class FaithfulnessEstimate(PlanMetric):
         relevance_S = sums_by_group(_relevance(view, self.options), plan.index_SK)
         return correlation(relevance_S, itself - copies_S, self.options.similarity)
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
-        return num_steps(self.options, shape_CHW, patch_size)
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
+        return num_steps(self.options, shape_CHW, grid)
 
 
 class MonotonicityOptions(Steps):
@@ -119,8 +120,8 @@ class Monotonicity(PlanMetric):
         relevance_G = sums_by_group(_relevance(view, self.options), plan.index_GK)
         return correlation(relevance_G, variance_G, self.options.similarity)
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
-        return self.options.num_samples * num_steps(self.options, shape_CHW, patch_size)
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
+        return self.options.num_samples * num_steps(self.options, shape_CHW, grid)
 
 
 class MonotonicityAryaOptions(Steps):
@@ -158,8 +159,8 @@ class MonotonicityArya(PlanMetric):
     def score(self, view: MapView, plan: PerturbationPlan, logits_SK: NDArray[np.float64]) -> float:
         return float((np.diff(outputs(view, logits_SK, self.options)[1]) >= 0).all())
 
-    def num_copies(self, shape_CHW: tuple[int, int, int], patch_size: int) -> int:
-        return num_steps(self.options, shape_CHW, patch_size)
+    def num_copies(self, shape_CHW: tuple[int, int, int], grid: TokenGrid) -> int:
+        return num_steps(self.options, shape_CHW, grid)
 
     def cell_key(self) -> str:
         return order_key(self.options, "insert ascending")

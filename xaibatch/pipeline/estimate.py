@@ -80,4 +80,4 @@ def _group_size(job: Job, group: MetricGroup) -> tuple[int, int]:
     if isinstance(metric, VariantMetric):
         return metric.num_variants(), 0
     shape_CHW = (job.preprocessing.channels, *job.preprocessing.image_size)
-    return 0, metric.num_forward_passes(len(job.config.explainers), shape_CHW, job.patch_size)
+    return 0, metric.num_forward_passes(len(job.config.explainers), shape_CHW, job.tokens)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from xaibatch.config import RunConfig
 from xaibatch.data.load import load_shard
 from xaibatch.data.preprocess import Preprocessing
-from xaibatch.maps import PlacedMapOptions, TokenGrid
+from xaibatch.maps import PlacedMapOptions, TokenGrid, fitting_grid
 from xaibatch.metrics.base import Metric, Variant
 from xaibatch.perturb.plans import PerturbationPlan
 from xaibatch.pipeline.cells import MetricGroup, build_metrics, metric_groups
@@ -54,8 +54,7 @@ class Job:
     @cached_property
     def tokens(self) -> TokenGrid:
         """The grid that maps are stored on."""
-        rows, columns = (max(1, pixels // self.patch_size) for pixels in self.preprocessing.image_size)
-        return self.grid or TokenGrid(rows, columns, self.patch_size, self.patch_size)
+        return self.grid or fitting_grid(self.preprocessing.image_size, self.patch_size)
 
     @cached_property
     def map_options(self) -> PlacedMapOptions:

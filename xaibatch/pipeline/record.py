@@ -246,6 +246,7 @@ def describe_metrics(config: RunConfig, model: Mapping[str, Any]) -> dict[str, A
     with each other."""
     preprocessing = model["preprocessing"]
     shape_CHW = (preprocessing["channels"], *preprocessing["image_size"])
+    grid = TokenGrid(**model["token_grid"])
     return {
         label: {
             "method": method_of(label, config.metrics[label])[0],
@@ -256,7 +257,7 @@ def describe_metrics(config: RunConfig, model: Mapping[str, Any]) -> dict[str, A
             "higher_is_better": metric.higher_is_better,
             "bounds": [None if abs(bound) == float("inf") else bound for bound in metric.bounds],
             "across_images": metric.across_images,
-            "num_forward_passes": metric.num_forward_passes(len(config.explainers), shape_CHW, model["patch_size"]),
+            "num_forward_passes": metric.num_forward_passes(len(config.explainers), shape_CHW, grid),
         }
         for label, metric in build_metrics(config).items()
     }

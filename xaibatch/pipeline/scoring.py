@@ -168,6 +168,7 @@ def _known(
         "twin_CHW": twin if twin is not None and np.isfinite(twin).all() else None,
         "masks": masks,
         "patch_size": job.patch_size,
+        "grid": job.tokens,
     }
 
 
