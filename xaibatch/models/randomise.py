@@ -45,6 +45,7 @@ def randomised_in_turn(model: ModuleT, variants: Iterable[WeightsVariant]) -> It
     for variant in variants:
         names = _chosen(layer_names(model), variant)
         if not done or seed != variant.seed or done != names[: len(done)]:
+            changed = model  # lets the changed model before go: never three at once
             changed, done, seed = copy.deepcopy(model), (), variant.seed
         modules = dict(changed.named_modules())
         for name in names[len(done) :]:
