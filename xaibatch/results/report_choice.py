@@ -49,7 +49,9 @@ def typical(cube: ScoreCube, num_images: int, without: str | None) -> Choice:
     return Choice(
         name="figure",
         title="Typical images by class",
-        rule=_typical_rule(missed, labelled=classes != [None]),
+        rule=_typical_rule(
+            missed, labelled=classes != [None], predicts=any(name is not None for name in cube.predicted_I)
+        ),
         image_ids=tuple(chosen),
         remarks=("",) * len(chosen),
     )
@@ -120,11 +122,13 @@ def leading_metric(cube: ScoreCube) -> MetricInfo | None:
     return next((metric for metric in directed if metric.family == "faithfulness"), directed[0] if directed else None)
 
 
-def _typical_rule(missed: Sequence[str], *, labelled: bool) -> str:
-    """`missed`: classes of which no image is predicted rightly."""
+def _typical_rule(missed: Sequence[str], *, labelled: bool, predicts: bool) -> str:
+    """`missed`: classes of which no image is predicted rightly; `predicts`: not so for a model of one output."""
     nearest = "whose scores (mean over explainers) are nearest to the"
     if not labelled:
         return f"the images {nearest} median; they have no labels"
+    if not predicts:
+        return f"of each true class, the images {nearest} class's median"
     rule = f"of each true class, the rightly predicted images {nearest} class's median"
     if missed:
         rule += f"; as no image of {' or '.join(missed)} is predicted rightly, those shown are wrongly predicted ones"
