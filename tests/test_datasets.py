@@ -66,7 +66,7 @@ def test_covid_qu_ex_infection_part(covid_qu_ex: Path, below: str) -> None:
         "Test/Non-COVID/images/non_COVID (1).png",
         "Test/Normal/images/Normal (7).png",
     ]
-    assert {name for record in dataset.records for name in record.masks} == {"lesion", "lung"}
+    assert dataset.mask_names == ("lesion", "lung")
     batch = loaded(dataset)
     np.testing.assert_array_equal(batch.masks["lung"], np.stack([square(4, 4, 20) > 0] * 3))
     np.testing.assert_array_equal(batch.masks["lesion"][0], square(8, 8, 5) > 0)
@@ -76,7 +76,7 @@ def test_covid_qu_ex_infection_part(covid_qu_ex: Path, below: str) -> None:
 
 def test_covid_qu_ex_lung_part_and_splits(covid_qu_ex: Path) -> None:
     dataset = open_dataset(str(covid_qu_ex / "Lung Segmentation Data"))
-    assert {name for record in dataset.records for name in record.masks} == {"lung"}
+    assert dataset.mask_names == ("lung",)
     assert sorted({str(record.split) for record in dataset.records}) == ["test", "train", "val"]
     assert len(dataset) == 9
     assert dataset.notes == ()

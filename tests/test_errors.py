@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import pytest
 
 from xaibatch import errors
-from xaibatch.errors import NotScoredError, StoppedError, UnknownNameError, XaibatchError
+from xaibatch.errors import ChangedWeightsError, NotScoredError, StoppedError, UnknownNameError, XaibatchError
 
 MADE = {
+    ChangedWeightsError: lambda: ChangedWeightsError("model.pt", "0" * 64, "1" * 64),
     UnknownNameError: lambda: UnknownNameError("explainer", "lume", ["lime", "random"]),
     NotScoredError: lambda: NotScoredError("missing_label", "there is none"),
     StoppedError: lambda: StoppedError("stopped by SIGTERM", 15),

@@ -214,7 +214,7 @@ def test_the_manifest_opens_as_a_data_set(tmp_path, phantom, monkeypatch):
     dataset.simulate(tmp_path, 3, 9, SimulationOptions(size=SIZE))
     opened = open_dataset(str(tmp_path))
     assert opened.class_names == tuple(sorted(CLASSES))
-    assert {name for record in opened.records for name in record.masks} == {"lesion", "lung"}
+    assert opened.mask_names == ("lesion", "lung")
     by_label = {record.label: record for record in opened.records}
     assert by_label[NORMAL].twin is None
     assert set(by_label[NORMAL].masks) == {"lung"}

@@ -53,6 +53,11 @@ class DataSet:
         counts = Counter(record.label for record in self.records)
         return {name: counts[name] for name in self.class_names}
 
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        """Names of the masks that at least one image has, sorted."""
+        return tuple(sorted({name for record in self.records for name in record.masks}))
+
 
 def open_dataset(
     path: str,
