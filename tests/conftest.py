@@ -8,7 +8,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["tests.engine_cluster", "tests.run_folders"]
+pytest_plugins = ["tests.engine_cluster", "tests.run_folders", "tests.report_pages"]
 
 
 def pytest_collection_finish() -> None:

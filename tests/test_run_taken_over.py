@@ -32,7 +32,8 @@ def test_a_run_that_lost_its_folder_stops(
                 lock = locks[0]
                 now = lock._me.heartbeat
                 other = {"token": "t", "host": "elsewhere/1/2", "pid": 1, "process_started": "9"}
-                lock.folder.write_json({**other, "since": now, "heartbeat": now}, LOCK)
+                with lock._file.guarded():
+                    lock.folder.write_json({**other, "since": now, "heartbeat": now}, LOCK)
                 lock._thread.join(60)
 
     locks: list[Any] = []
