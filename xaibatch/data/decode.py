@@ -63,8 +63,7 @@ def decode_image(content: bytes, limits: ImageLimits | None = None, dicom_range:
 
 
 def decode_in_quiet(content: bytes, limits: ImageLimits, dicom_range: str) -> DecodedImage:
-    """`decode_image` for threads: the caller has silenced warnings, which Python can only do for all threads at
-    once."""
+    """`decode_image` where the caller has silenced warnings, for a whole shard or for all threads at once."""
     if not content:
         raise ImageError("the file is empty (0 bytes)")
     if is_dicom(content):
@@ -93,7 +92,7 @@ def decode_mask(content: bytes, limits: ImageLimits | None = None) -> NDArray[np
 
 
 def mask_in_quiet(content: bytes, limits: ImageLimits) -> NDArray[np.bool_]:
-    """`decode_mask` for threads, as `decode_in_quiet` is."""
+    """`decode_mask` where the caller has silenced warnings."""
     decoded = decode_in_quiet(content, limits, "full")
     grey = decoded.values if decoded.values.ndim == 2 else decoded.values.max(axis=2)
     lossy = content[:2] == JPEG_START
