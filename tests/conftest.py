@@ -17,6 +17,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The engine's tests, which mostly wait, share a cluster: under xdist one worker runs them all, from the start."""
     engine = [item for item in items if "cluster" in getattr(item, "fixturenames", ()) or "test_engine" in item.nodeid]
