@@ -3,6 +3,7 @@
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +18,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The engine's tests, which mostly wait, share a cluster: under xdist one worker runs them all, from the start."""
-    engine = [item for item in items if "cluster" in getattr(item, "fixturenames", ()) or "test_engine" in item.nodeid]
-    for item in engine:
-        item.add_marker(pytest.mark.xdist_group("engine"))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under xdist one worker runs the engine's tests, which mostly wait and share a cluster, the others all the rest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class EngineApart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "engine" if nodeid.startswith("tests/test_engine_") else nodeid
+
+    return EngineApart(config, log)
 
 
 def pytest_sessionfinish() -> None:
