@@ -20,7 +20,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under xdist one worker runs the engine's tests, which mostly wait and share a cluster, the others all the rest."""
+    """Under xdist one worker runs the engine's tests, which mostly wait and share a cluster, the others the rest."""
     from xdist.scheduler import LoadScopeScheduling
 
     class EngineApart(LoadScopeScheduling):
