@@ -58,7 +58,11 @@ def printed(show) -> str:
 def test_the_record_says_which_metrics_compare_images(tmp_path):
     metrics = {"quantus:SensitivityN": {}, "quantus:Sufficiency": {}, "quantus:Sparseness": {}, "sensitivity_n": {}}
     config = toy_config(tmp_path, tmp_path / "run", metrics=metrics)
-    facts = describe_metrics(config, {"preprocessing": {"channels": 3, "image_size": (32, 32)}, "patch_size": 8})
+    model = {
+        "preprocessing": {"channels": 3, "image_size": (32, 32)},
+        "token_grid": {"rows": 4, "columns": 4, "patch_height": 8, "patch_width": 8},
+    }
+    facts = describe_metrics(config, model)
     assert [facts[label]["across_images"] for label in metrics] == [True, True, False, False]
     assert metric_info("quantus:SensitivityN", {"metrics": facts}).across_images
     assert not metric_info("a", {"metrics": {"a": {"title": "of an earlier version"}}}).across_images

@@ -48,10 +48,8 @@ def explain(
     from xaibatch.results.overlay import grey_image, write_overlay
 
     options = explainer_options(explainer, set_ or [])
-    note = "" if model else SHIPPED
-    if note:
-        typer.echo(f"no --model: {note}", err=True)
     methods = {name: resolve_explainer(name)(**keywords) for name, keywords in options.items()}
+    note = "" if model else SHIPPED
     if model is None:
         model, checkpoint = MODEL_NAME, checkpoint or str(model_path())
     elif checkpoint is None:
@@ -101,6 +99,8 @@ def explain(
             except OSError as error:
                 raise UsageError(f"cannot write {where}: {error}; choose another --output") from None
             print(where)
+    if note:
+        typer.echo(f"no --model: {note}", err=True)
     for line in failed:
         typer.echo(f"error: {line}", err=True)
     if failed:
