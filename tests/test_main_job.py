@@ -150,7 +150,7 @@ def test_bad_images_become_rows(data: Path, checkpoint: Path, config: Path, tmp_
         (["--set", "metrics=3"], "metrics"),
         (["--set", "engine.shard_size.x=3", "--set", "engine.shard_size=2"], "shard_size"),
         (["--set", "model.pretrained=true"], "checkpoint and pretrained"),
-        (["--gpus-per-replica", "1.5"], "whole number"),
+        (["--gpus-per-replica", "2"], "--no-ray"),
         (["--output", "/proc/nowhere/run"], "--output"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -280,6 +280,11 @@ def test_an_alias_takes_the_preset_s_options() -> None:
     assert floor == {**load_config(config_path("paper")).explainers, "random": {}}  # as paper.yaml's head has it
     for alias, name in ALIASES.items():
         assert resolve_explainer(alias) is resolve_explainer(name)
+
+
+def test_a_share_of_more_than_one_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="whole number"):
+        load_config(None, {"engine.gpus_per_replica": 1.5})
 
 
 def test_a_setting_of_a_name_that_is_not_listed_is_refused() -> None:
