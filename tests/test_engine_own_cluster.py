@@ -28,11 +28,23 @@ import os
 import ray
 from xaibatch.cluster.connect import connected
 from xaibatch.config import EngineConfig
+from ray.cluster_utils import Cluster
+
+class Actor:
+    def answer(self, number):
+        return number
+
+def ask(number):
+    assert ray.get(ray.remote(Actor).options(num_cpus=0).remote().answer.remote(number)) == number
+
 for number in (1, 2):
     with connected(EngineConfig()):
-        assert ray.get(ray.remote(lambda: number).options(num_cpus=0).remote()) == number
-    left = {name for name in os.environ if name.startswith("RAY_")}
-    assert left <= {"RAY_CLIENT_MODE"}, left  # which the import of Ray itself sets
+        ask(number)
+made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+ray.init(address=made.address, log_to_driver=False)
+ask(3)
+ray.shutdown()
+made.shutdown()
 """
 
 
@@ -80,7 +92,7 @@ def test_a_folder_lost_before_it_was_locked_is_made_anew(place: Path, monkeypatc
     assert not list(place.iterdir())
 
 
-def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+def test_the_environment_is_left_as_it_was_but_for_the_token(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
     """Ray finds its settings and a token in it while the cluster lives."""
     seen: dict[str, str] = {}
     for name in (*connect._TOKEN_SETTINGS, "RAY_USAGE_STATS_ENABLED", "RAY_ADDRESS"):
@@ -91,11 +103,12 @@ def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, plac
     before: dict[str, Any] = dict(os.environ)
     with connected(EngineConfig()):
         assert len(seen["RAY_AUTH_TOKEN"]) == 64 and seen["RAY_USAGE_STATS_ENABLED"] == "0"
-    assert dict(os.environ) == before
+    assert dict(os.environ) == before | {"RAY_AUTH_TOKEN": seen["RAY_AUTH_TOKEN"]}
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
 
 
-def test_one_process_starts_two_clusters_in_turn() -> None:
-    """As calibration and run do."""
+def test_one_process_uses_several_clusters_in_turn() -> None:
+    """As calibration and run do; and then one that was started otherwise, with the process's environment."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, "-c", TWICE], cwd=ROOT, env=clean, capture_output=True, text=True, check=False

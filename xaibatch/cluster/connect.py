@@ -13,9 +13,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -72,16 +71,15 @@ def connected(engine: EngineConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _environment(settings: Mapping[str, str], kept: Iterable[str] = ()) -> Iterator[None]:
-    """Environment variables that Ray reads, for the time of the block. Afterwards they and those `kept`, which Ray
-    itself may set, are as they were."""
-    before = {name: os.environ.get(name) for name in (*kept, *settings)}
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables that Ray reads, for the time of the block; afterwards they are as they were."""
+    before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
         yield
     finally:
         for name, value in before.items():
-            os.environ.pop(name, None)
+            os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
 
@@ -105,21 +103,15 @@ def _joined(address: str) -> Iterator[None]:
 def _own_cluster() -> Iterator[None]:
     """A cluster that nothing outside this process can be surprised by: own ports, own folder, no dashboard."""
     settings = {"RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0")}
-    if not any(name in os.environ for name in _TOKEN_SETTINGS):  # else Ray writes one into the home folder, for good
-        settings["RAY_AUTH_TOKEN"] = _token()
+    if not any(name in os.environ for name in _TOKEN_SETTINGS):  # else Ray writes one into the home folder
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # stays: Ray never forgets the first that a process reads
     _remove_orphans()
-    with _environment(settings, kept=_TOKEN_SETTINGS), _private_folder() as folder:
+    with _environment(settings), _private_folder() as folder:
         try:
             _start(folder)
             yield
         finally:
             ray.shutdown()
-
-
-@cache
-def _token() -> str:
-    """One for all clusters of this process: Ray never forgets the first that it has read."""
-    return secrets.token_hex(32)
 
 
 def _start(folder: str) -> None:
