@@ -18,6 +18,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+_OWN_CLUSTER = ("chaos", "job_submit", "manifests", "own_cluster", "privacy", "scale")
+"""Tests of the engine that do without the shared cluster: any process may run them."""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under xdist one worker runs the engine's tests, which mostly wait and share a cluster, the others the rest."""
@@ -25,7 +29,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class EngineApart(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "engine" if nodeid.startswith("tests/test_engine_") else nodeid
+            own = nodeid.startswith(tuple(f"tests/test_engine_{name}" for name in _OWN_CLUSTER))
+            return "engine" if nodeid.startswith("tests/test_engine_") and not own else nodeid
 
     return EngineApart(config, log)
 
