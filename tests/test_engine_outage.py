@@ -4,6 +4,7 @@ as broken."""
 import errno
 import io
 import os
+import time
 from pathlib import Path
 from typing import Any
 
