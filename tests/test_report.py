@@ -200,6 +200,13 @@ def test_a_run_of_one_explainer_one_metric_and_few_images_has_a_report(tmp_path)
     assert "LIME" in text
 
 
+def test_a_run_of_the_random_map_alone_does_not_say_that_nothing_was_scored(tmp_path):
+    make_run(tmp_path / "floor", Design(explainers=("random",), metrics=("pointing_game",)))
+    text = Path(write_report(str(tmp_path / "floor"))).read_text("utf-8")
+    assert "Random map" in text
+    assert "nothing was scored" not in text
+
+
 def test_a_run_without_scores_is_refused(tmp_path):
     RunFolder(str(tmp_path / "new")).create()
     RunFolder(str(tmp_path / "new")).write_json({}, "run.json")

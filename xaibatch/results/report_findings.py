@@ -39,7 +39,10 @@ def _leader(
     floor: str | None,
     titles: Mapping[str, str],
 ) -> str:
-    scored = [e for e in cube.explainers if e != floor and summaries[e, metric.label].num_scored]
+    compared = [e for e in cube.explainers if e != floor]
+    scored = [e for e in compared if summaries[e, metric.label].num_scored]
+    if not compared:
+        return ""
     if not scored:
         return f"{metric.title}: nothing was scored."
     digits = column_digits([summaries[e, metric.label] for e in scored])
