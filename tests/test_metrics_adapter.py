@@ -1,6 +1,5 @@
 """Stock Quantus through the adapter: the same numbers, one outcome per image, nothing left changed behind."""
 
-import copy
 import pickle
 import warnings
 from pathlib import Path
@@ -11,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from tests.adapter_bench import SMALL, outcomes_of
 from tests.metrics_oracle import Bench, gradient_map, key_of, near, some_masks
 from tests.toy import Watch, toy_config
 from xaibatch.errors import ConfigError, UsageError
 from xaibatch.metrics import resolve_metric
-from xaibatch.metrics.quantus_adapter import QuantusMetric, quantus_metric, reduced, score_with_quantus
+from xaibatch.metrics.quantus_adapter import QuantusMetric, quantus_metric, reduced
 from xaibatch.metrics.quantus_facts import QUANTUS_METRICS, QuantusFacts
-from xaibatch.metrics.quantus_gradients import gradients_allowed
 from xaibatch.pipeline.local import run_local
 from xaibatch.pipeline.run import evaluate, preview
 from xaibatch.types import ALL_ZERO_MAP, CHANGED_PREDICTION, ERROR, MISSING_MASK, NAN_MAP, OK, ZERO_DENOMINATOR
@@ -25,41 +24,6 @@ from xaibatch.types import ALL_ZERO_MAP, CHANGED_PREDICTION, ERROR, MISSING_MASK
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import quantus
-
-SMALL: dict[str, dict[str, Any]] = {
-    "FaithfulnessCorrelation": {"nr_runs": 8, "subset_size": 40},
-    "FaithfulnessEstimate": {"features_in_step": 128},
-    "Monotonicity": {"features_in_step": 128},
-    "MonotonicityCorrelation": {"features_in_step": 128, "nr_samples": 2},
-    "PixelFlipping": {"features_in_step": 128},
-    "RegionPerturbation": {"regions_evaluation": 5},
-    "SensitivityN": {"features_in_step": 128},
-    "ROAD": {"percentages": [10, 50]},
-    "Infidelity": {"perturb_patch_sizes": [8], "n_perturb_samples": 1},
-    "AvgSensitivity": {"nr_samples": 2},
-    "MaxSensitivity": {"nr_samples": 2},
-    "LocalLipschitzEstimate": {"nr_samples": 2},
-    "RelativeInputStability": {"nr_samples": 2, "return_nan_when_prediction_changes": False},
-    "RelativeOutputStability": {"nr_samples": 2, "return_nan_when_prediction_changes": False},
-    "RelativeRepresentationStability": {"nr_samples": 2, "return_nan_when_prediction_changes": False},
-    "Continuity": {"nr_steps": 4},
-    "TopKIntersection": {"k": 50},
-    "SmoothMPRT": {"nr_samples": 2},
-}
-"""Arguments that make a metric cheap."""
-
-
-def outcomes_of(metric: QuantusMetric, bench: Bench, **changes: Any) -> list[Any]:
-    arguments: dict[str, Any] = {
-        "x_BCHW": bench.x, "y_B": bench.y, "maps_BHW": bench.maps, "keys": [key_of(row) for row in range(len(bench.x))],
-        "predict": bench.forward,
-        "explain": lambda x, y, keys, model: gradient_map(model or bench.model, x, y),
-        "load_model": lambda: copy.deepcopy(bench.model),
-        "masks": {"lesion": bench.masks} if bench.masks is not None else None,
-        "num_classes": 3,
-    }  # fmt: skip
-    return score_with_quantus(metric, **{**arguments, **changes})
-
 
 NAMES = sorted(name for name, facts in QUANTUS_METRICS.items() if not facts.refused and name != "InputInvariance")
 
@@ -372,77 +336,3 @@ def test_an_adapter_metric_travels_to_another_process() -> None:
     assert copied.options == metric.options
     assert (copied.name, copied.family, copied.higher_is_better) == ("quantus:PixelFlipping", "faithfulness", False)
     assert type(copied) is type(metric)
-
-
-# -- models that register tensor hooks inside forward
-
-
-class Hooked(nn.Module):
-    """Keeps the gradient of its features, as relevance and attention-gradient models do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Bench(num=1).model
-
-    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        features = self.net.patches(images_BCHW.double())
-        features.register_hook(lambda gradient: None)
-        hidden = torch.nn.functional.gelu(features).flatten(1)
-        return self.net.head(torch.tanh(self.net.hidden(hidden))) * 3
-
-
-def test_a_model_with_hooks_fails_in_stock_quantus_and_not_with_gradients_allowed() -> None:
-    bench = Bench(num=2)
-    plain = bench.quantus("FaithfulnessEstimate", features_in_step=128)
-    bench.model = Hooked().eval()  # type: ignore[assignment]
-    with pytest.raises(RuntimeError, match="cannot register a hook"):
-        bench.quantus("FaithfulnessEstimate", features_in_step=128)
-    bench.model = gradients_allowed(bench.model)  # type: ignore[assignment]
-    near(bench.quantus("FaithfulnessEstimate", features_in_step=128), plain, 1e-9)
-
-
-@pytest.mark.parametrize("name", ["MPRT", "EfficientMPRT", "RelativeRepresentationStability"])
-def test_metrics_that_load_a_model_with_hooks_run_through_the_adapter(name: str) -> None:
-    bench = Bench(num=1).explained()
-    metric = resolve_metric(f"quantus:{name}")(**SMALL.get(name, {}))
-    (plain,) = outcomes_of(metric, bench)
-    bench.model = Hooked().eval()  # type: ignore[assignment]
-    (hooked,) = outcomes_of(metric, bench)
-    assert hooked.status == OK
-    near(hooked.value, plain.value, 1e-6)
-
-
-def test_hooks_on_layers_see_readable_outputs_and_stay_as_they_were() -> None:
-    """A hook that needs the graph keeps it; one that makes an array of the output gets it detached."""
-    model = Hooked().eval()
-    seen: dict[str, Any] = {}
-    model.net.hidden.register_forward_hook(lambda _, inputs, output: seen.update(graph=output.requires_grad))
-    model.net.head.register_forward_hook(lambda _, inputs, output: seen.update(array=output.numpy()))
-    hooks = [dict(module._forward_hooks) for module in model.modules()]
-    with torch.no_grad():
-        gradients_allowed(model)(torch.zeros(1, 3, 32, 32))
-    assert seen["graph"] is True and seen["array"].shape == (1, 3)
-    assert [dict(module._forward_hooks) for module in model.modules()] == hooks
-
-    def failing(_: Any, inputs: Any, output: Any) -> None:
-        raise RuntimeError("mine")
-
-    model.net.head.register_forward_hook(failing)
-    with pytest.raises(RuntimeError, match="mine"):
-        gradients_allowed(model)(torch.zeros(1, 3, 32, 32))
-
-
-def test_allowing_gradients_leaves_the_model_as_it_was() -> None:
-    model = Hooked().eval()
-    allowed = gradients_allowed(model)
-    assert type(model) is Hooked
-    assert isinstance(allowed, Hooked)
-    assert [name for name, _ in allowed.named_modules()] == [name for name, _ in model.named_modules()]
-    assert allowed.state_dict()["net.head.bias"].data_ptr() == model.state_dict()["net.head.bias"].data_ptr()
-    randomised = copy.deepcopy(allowed)
-    randomised.net.head.reset_parameters()
-    with torch.no_grad():
-        x = torch.zeros(1, 3, 32, 32)
-        assert not torch.equal(randomised(x), allowed(x))
-        with pytest.raises(RuntimeError, match="cannot register a hook"):
-            model(x)
