@@ -6,9 +6,9 @@ import pytest
 
 from tests.toy import MODEL
 from xaibatch.cli import main
-from xaibatch.cli.evaluate import config_path, named_configs
+from xaibatch.cli.evaluate import FIRST_RUN, config_path, named_configs
 from xaibatch.config import ALIASES, load_config, parse_setting, select
-from xaibatch.errors import ConfigError, UnknownNameError
+from xaibatch.errors import ConfigError, UnknownNameError, UsageError
 from xaibatch.explainers.resolve import resolve_explainer
 from xaibatch.models.load import load_model
 
@@ -76,13 +76,18 @@ def test_a_share_of_more_than_one_gpu_is_refused() -> None:
 
 
 def test_a_setting_of_a_name_that_is_not_listed_is_refused() -> None:
-    """Its options would have no effect; those of the preset's own labels may stand."""
+    """Its options would have no effect."""
     base = load_config(config_path("default"))
     mistaken = load_config(config_path("default"), {"explainers.lmie.num_samples": 20})
     with pytest.raises(UnknownNameError, match=r"--set explainers 'lmie'. Did you mean 'lime'"):
         select(mistaken, base, explainers=["lime", "random"])
     other = load_config(config_path("default"), {"explainers.lime.num_samples": 20, "metrics.sparseness.abs": True})
-    assert list(select(other, base, explainers=["random"], metrics=["sparseness"]).explainers) == ["random"]
+    with pytest.raises(UsageError, match=r"--set explainers.lime: not among --explainers random"):
+        select(other, base, explainers=["random"])
+    assert list(select(other, base, explainers=["random", "lime"]).explainers) == ["random", "lime"]
+    assert list(select(base, base, explainers=["random"], metrics=["sparseness"]).explainers) == ["random"]
+    first = load_config(config_path("embedded"), FIRST_RUN)  # its own settings are no one's mistake
+    assert list(select(first, first, explainers=["random"]).explainers) == ["random"]
 
 
 def test_named_configurations_are_listed_and_valid(capsys: pytest.CaptureFixture[str]) -> None:

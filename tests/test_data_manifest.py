@@ -61,6 +61,7 @@ def test_csv_and_parquet_manifests_agree(folder: Path) -> None:
         ("path,label\na/3.png,x\na/3.png,y\n", "1 image ids come more than once, for example 'a/3.png'"),
         ("path,label\n,x\n", "row 2 has no path"),
         ("path,label\n", "has no rows"),
+        ("path,label,mask_lesion,lesion_mask\na/3.png,x,,\n", "two columns for the mask 'lesion'"),
         ("path,label\na/3.png,x,more\n", "row 2: 3 cells under 2 columns"),
         ('path,label\n"a/3.png,x\n', "not a CSV file"),
     ],

@@ -119,6 +119,28 @@ def test_a_bad_image_is_one_line_and_the_others_are_explained(
     assert "Traceback" not in captured.err
 
 
+def test_a_checkpoint_of_one_s_own_is_not_called_the_shipped_model(
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("explain", image, "--checkpoint", model_path(), "-e", "random", "-o", tmp_path / "own") == 0
+    said = capsys.readouterr().err
+    assert said == f"no --model: the checkpoint is taken for {MODEL_NAME}\n"
+    assert run("explain", image, "-e", "random", "-o", tmp_path / "shipped") == 0
+    own, shipped = (pixels_of(tmp_path / name / "0.random.png") for name in ("own", "shipped"))
+    assert own.shape != shipped.shape or not np.array_equal(own, shipped)
+
+
+def test_an_explainer_that_fails_on_an_image_is_one_line(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "breaks.py").write_text("def maps(model, images_BCHW, targets_B):\n    raise KeyError('mine')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run("explain", image, "-e", "breaks:maps,random", "-o", tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.random.png"]
+    assert "breaks:maps: KeyError: 'mine'" in captured.err and "Traceback" not in captured.err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

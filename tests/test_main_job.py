@@ -104,7 +104,9 @@ def test_job_on_ray_survives_sigkill(data: Path, checkpoint: Path, config: Path,
     pd.testing.assert_frame_equal(killed, calm, check_exact=True)
 
 
-def test_bad_images_become_rows(data: Path, checkpoint: Path, config: Path, tmp_path: Path) -> None:
+def test_bad_images_become_rows(
+    data: Path, checkpoint: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Zero-byte, truncated, foreign, one-pixel and bomb files: one failure each, all else scored, exit code 1."""
     good = data / "normal" / "0.png"
     bad = {
@@ -116,15 +118,18 @@ def test_bad_images_become_rows(data: Path, checkpoint: Path, config: Path, tmp_
         (data / "covid" / name).write_bytes(content)
     Image.new("L", (1, 1)).save(data / "covid" / "pixel.png")
     Image.new("1", (20_000, 20_000)).save(data / "covid" / "bomb.png")
-    assert run(*arguments(data, checkpoint, config, tmp_path / "run")) == 1
-    failures = RunFolder(str(tmp_path / "run")).read("failures").to_pandas()
+    output = tmp_path / "a run"
+    assert run(*arguments(data, checkpoint, config, output)) == 1
+    printed = capsys.readouterr().out
+    assert f"5 failures: xaibatch query '{output}'" in printed and "6 of the run's 11 images have scores" in printed
+    failures = RunFolder(str(output)).read("failures").to_pandas()
     assert sorted(failures.image_id) == [f"covid/{n}" for n in sorted([*bad, "pixel.png", "bomb.png"])]
     assert failures.message.str.len().min() > 10
-    table = scores(tmp_path / "run")
+    table = scores(output)
     assert len(table) == 6 * 2 * 2
     assert (table.status == "ok").all()
     # everything that can be done is done: --accept-failures says so to whoever would start the command again
-    assert run(*arguments(data, checkpoint, config, tmp_path / "run"), "--accept-failures") == 0
+    assert run(*arguments(data, checkpoint, config, output), "--accept-failures") == 0
 
 
 @pytest.mark.parametrize(
@@ -188,6 +193,7 @@ def test_usage_errors(
         (["--replicas", "2"], "--replicas"),
         (["--gpus-per-replica", "0.5", "--address", "auto"], "--address, --gpus-per-replica"),
         (["--set", "engine.shards_in_flight=3", "--estimate"], "--set engine.shards_in_flight"),
+        (["--set", "engine={replicas: 2}"], "--set engine.replicas"),
     ],
 )
 def test_without_ray_nothing_is_asked_of_a_cluster(

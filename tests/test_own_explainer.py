@@ -51,3 +51,29 @@ def test_the_two_places_that_show_it_agree(saliency: str) -> None:
     code = [line for line in saliency.splitlines() if line and not line.lstrip().startswith(('"""', "import"))]
     shown = [line[4:] for line in (plugin.__doc__ or "").splitlines() if line.startswith((">>> ", "... "))]
     assert [line for line in shown if "'''" not in line][: len(code)] == code
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "message"),
+    [
+        ("def f(:", "mine:f", "'mine' fails on import: SyntaxError"),
+        ("raise KeyError('x')", "mine:f", "'mine' fails on import: KeyError"),
+        ("import torch\ndef maps(model, images, targets): ...", "mine:map", "Did you mean 'maps'? Known: maps\n"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["--explainers", "--metrics"])
+def test_a_mistake_in_the_file_is_one_line(
+    text: str, names: str, message: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    config = toy_config(toy_images(tmp_path / "data", 1), tmp_path / "run", explainers={"random": {}})
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--no-ray", "--config", str(write_config(config, tmp_path / "run.yaml")), kind, names])
+    said = capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert kind == "--metrics" or message in said

@@ -1,6 +1,7 @@
 """Training runs: against themselves after a kill, what they leave, and two workers of Ray."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from tests.toy_training import TINY, make_toy, options
+from xaibatch.cli import main
+from xaibatch.cli.train import options_from
 from xaibatch.data.dataset import open_dataset
 from xaibatch.errors import ConfigError, DataError, ModelError, RunFolderError, UnknownNameError
 from xaibatch.models.load import load_model
@@ -122,8 +125,6 @@ def test_averaged_weights_by_hand():
 
 
 def test_flags_and_files_become_options(tmp_path):
-    from xaibatch.cli.train import options_from
-
     file = tmp_path / "train.yaml"
     file.write_text("data: here\noutput: there\nepochs: 5\n")
     made = options_from(file, {"epochs": 7}, ["augmentation.mirror_probability=0.5"])
@@ -132,6 +133,22 @@ def test_flags_and_files_become_options(tmp_path):
         options_from(file, {}, ["learning_rat=1"])
     with pytest.raises(ConfigError, match="needs --data"):
         options_from(None, {"output": "there"}, [])
+
+
+@pytest.mark.parametrize("wrong", ["zoom=[2, 1]", "gamma=[0, 0]", "erase_side=[0.9, 2]", "contrast=[1, .inf]"])
+def test_a_range_that_cannot_be_drawn_from_is_refused(wrong: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected 0 < low <= high"):
+        options_from(None, {"data": "here", "output": "there"}, [f"augmentation.{wrong}"])
+
+
+@pytest.mark.parametrize("command", [["train", "--data", "x", "--address", "auto"], ["simulate", "--workers", "2"]])
+def test_without_ray_a_cluster_s_flags_are_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--no-ray", "-o", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert f"no use for {command[-2]}: leave out" in capsys.readouterr().err
 
 
 def test_the_recipe_for_few_images_is_one_that_train_takes():

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from xaibatch.data.findings import FindingOptions
-from xaibatch.errors import ConfigError, UnknownNameError
+from xaibatch.errors import ConfigError, UnknownNameError, UsageError
 from xaibatch.maps import MapOptions
 from xaibatch.options import Options, validated
 
@@ -228,8 +228,8 @@ def select(
 ) -> RunConfig:
     """Keep the listed labels, with the configuration's options where it has them and defaults otherwise.
 
-    `base` is the configuration before settings were applied. A label that a setting alone names and that is not listed
-    is refused (UnknownNameError): its options would have no effect.
+    `base` is the configuration before settings were applied. A setting of a label that is not listed is refused
+    (UnknownNameError where the configuration does not know it, UsageError else): it would have no effect.
     """
     changes: dict[str, Any] = {}
     for section, listed in (("explainers", explainers), ("metrics", metrics)):
@@ -237,8 +237,11 @@ def select(
             there, before = getattr(config, section), getattr(base, section)
             labels = [label if label in there else ALIASES.get(label, label) for label in listed]
             for label in there:
-                if label not in before and label not in labels:
+                if label in labels or there[label] == before.get(label):
+                    continue
+                if label not in before:
                     raise UnknownNameError(f"name in --set {section}", label, labels)
+                raise UsageError(f"--set {section}.{label}: not among --{section} {','.join(labels)}: no effect")
             changes[section] = {label: there.get(label, {}) for label in labels}
     return config.model_copy(update=changes)
 

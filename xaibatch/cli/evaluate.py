@@ -1,5 +1,6 @@
 """`xaibatch evaluate`: flags in, a run in the folder, the study's table on the screen; exit code 1 for failures."""
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -104,12 +105,14 @@ def evaluate(
     if data is None and model is None and config is None and "data.path" not in settings:
         print(FIRST_RUN_NOTE)
         path, settings = config_path("embedded"), FIRST_RUN | settings
+        base = load_config(path, FIRST_RUN)
     else:
         path = config_path(config or "default")
+        base = load_config(path)
     run_config = load_config(path, settings)
     run_config.model.check_weights()
     chosen = {"explainers": _names("--explainers", explainers), "metrics": _names("--metrics", metrics)}
-    run_config = select(run_config, load_config(path), **chosen)
+    run_config = select(run_config, base, **chosen)
     if estimate_only:
         print("\n".join(estimate_lines(run_config)))
         return
@@ -136,25 +139,29 @@ def finish(outcome: Any, *, write_report: bool) -> int:
 
     console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
     url = outcome.folder.url
+    typed = shlex.quote(url)
     if outcome.num_cells_run == 0 and not outcome.failed:
-        console.print(f"everything is done: nothing to run in {url}", highlight=False)
+        console.print(f"everything is done: nothing to run in {url}", highlight=False, markup=False)
     finished = outcome.results
     print_summary(finished, console)
     if outcome.num_image_failures:
         console.print(
-            f'{outcome.num_image_failures} failures: xaibatch query {url} "SELECT * FROM failures"', highlight=False
+            f'{outcome.num_image_failures} failures: xaibatch query {typed} "SELECT * FROM failures"',
+            highlight=False,
+            markup=False,
         )
     for cell in outcome.failed[:10]:
         console.print(f"given up: {cell.shard} {cell.stage}: {cell.error}", highlight=False, markup=False)
     if len(outcome.failed) > 10:
         console.print(f"... and {len(outcome.failed) - 10} more cells given up")
     if write_report and not outcome.failed and finished.scores.arrow().num_rows:
+        from xaibatch.results.report import has_report, report_url
         from xaibatch.results.report import write_report as write
 
-        if outcome.num_cells_run or not outcome.folder.exists("report.html"):
+        if outcome.num_cells_run or not has_report(finished):
             write(url)
-        console.print(f"report: {outcome.folder.path('report.html')}", highlight=False, markup=False)
-    console.print(f'results: {url}  (xaibatch query {url} "SELECT ... FROM scores")', highlight=False, markup=False)
+        console.print(f"report: {report_url(outcome.folder)}", highlight=False, markup=False)
+    console.print(f'results: {url}  (xaibatch query {typed} "SELECT ... FROM scores")', highlight=False, markup=False)
     return 0 if outcome.ok else 1
 
 
@@ -187,7 +194,9 @@ def _names(flag: str, text: str | None) -> list[str]:
 def _check_in_use(flags: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise UsageError for what was asked of a cluster though there is to be none. Keys of a YAML file may stay."""
     names = [f"--{key.rpartition('.')[2].replace('_', '-')}" for key in ONLY_RAY if flags.get(key) is not None]
-    names += [f"--set {key}" for key in ONLY_RAY if key in settings]
+    engine = settings.get("engine")
+    named = {*settings, *(f"engine.{key}" for key in engine)} if isinstance(engine, dict) else settings
+    names += [f"--set {key}" for key in ONLY_RAY if key in named]
     if names:
         raise UsageError(
             f"--no-ray runs in this process alone and has no use for {', '.join(names)}: leave out the one or the other"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from xaibatch.config import parse_setting, set_value
-from xaibatch.errors import ImageError, UsageError
+from xaibatch.errors import ImageError, UsageError, XaibatchError
 
 Option = typer.Option
 
@@ -49,7 +49,8 @@ def explain(
 
     options = explainer_options(explainer, set_ or [])
     methods = {name: resolve_explainer(name)(**keywords) for name, keywords in options.items()}
-    note = "" if model else SHIPPED
+    note = SHIPPED if model is None and checkpoint is None else ""
+    remark = f"no --model: {note or f'the checkpoint is taken for {MODEL_NAME}'}" if model is None else ""
     if model is None:
         model, checkpoint = MODEL_NAME, checkpoint or str(model_path())
     elif checkpoint is None:
@@ -73,16 +74,22 @@ def explain(
             probability_K = probabilities(classifier(image_CHW[None]).numpy())[0]
         explained = int(probability_K.argmax()) if target is None else classifier.class_names.index(target)
         for name, method in methods.items():
-            maps_Bhw = xaibatch.explain(
-                classifier,
-                image_CHW[None],
-                name,
-                explained,
-                seed=seed,
-                image_ids=[path.name],
-                resolution="native",
-                **options[name],
-            )
+            try:
+                maps_Bhw = xaibatch.explain(
+                    classifier,
+                    image_CHW[None],
+                    name,
+                    explained,
+                    seed=seed,
+                    image_ids=[path.name],
+                    resolution="native",
+                    **options[name],
+                )
+            except XaibatchError:
+                raise
+            except Exception as error:  # the explainer's own, on this image
+                failed.append(f"{path}: {name}: {type(error).__name__}: {error}")
+                continue
             map_hw = maps_Bhw[0].numpy()
             if map_hw.shape == grid.shape and grid.covered != preprocessing.image_size:
                 map_hw = on_pixels(map_hw, preprocessing.image_size, PlacedMapOptions(grid=grid))
@@ -99,8 +106,8 @@ def explain(
             except OSError as error:
                 raise UsageError(f"cannot write {where}: {error}; choose another --output") from None
             print(where)
-    if note:
-        typer.echo(f"no --model: {note}", err=True)
+    if remark:
+        typer.echo(remark, err=True)
     for line in failed:
         typer.echo(f"error: {line}", err=True)
     if failed:

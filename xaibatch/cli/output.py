@@ -1,5 +1,7 @@
 """An `--output` that would be lost, or that a command cannot write to, is refused by name before any work."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from xaibatch.data.storage import is_remote
@@ -19,6 +21,24 @@ def check_kept(output: str | None) -> None:
             f"--output {output or '(none)'} lies in the copy of the working directory that Ray deletes after the job: "
             "give a URL (s3://...) or an absolute path that every machine sees"
         )
+
+
+def without_cluster(**flags: object) -> None:
+    """Raise UsageError for what was asked of a cluster beside --no-ray: `flags` by name, None where not given."""
+    names = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None]
+    if names:
+        raise UsageError(
+            f"--no-ray runs in this process alone and has no use for {', '.join(names)}: leave out the one or the other"
+        )
+
+
+@contextmanager
+def writing(output: str) -> Iterator[None]:
+    """What the system says against writing to `output` becomes a UsageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error}; choose another --output") from None
 
 
 def local_folder(output: str) -> Path:

@@ -51,14 +51,17 @@ def query(
 def _print_table(found: object, max_rows: int) -> None:
     import pyarrow as pa
     from rich.table import Table
+    from rich.text import Text
 
     assert isinstance(found, pa.Table)
     console = Console()
-    table = Table(*found.column_names)
+    table = Table()
+    for name in found.column_names:
+        table.add_column(Text(name))
     for row in found.slice(0, max_rows).to_pylist():
         table.add_row(
             *(
-                f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+                Text(f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value))
                 for value in row.values()
             )
         )
@@ -90,10 +93,12 @@ def report(
 
     The browser lists every image with all its scores, whatever is embedded.
     """
+    from xaibatch.cli.output import writing
     from xaibatch.results.report import write_report
     from xaibatch.results.report_gallery import ReportOptions
 
-    print(write_report(run, output, ReportOptions(max_pixels=images, max_maps=maps)))
+    with writing(output or run):
+        print(write_report(run, output, ReportOptions(max_pixels=images, max_maps=maps)))
 
 
 def compact(run: Run) -> None:
@@ -116,8 +121,9 @@ def export(
     output: Annotated[str, Option("--output", "-o", help="folder for CSV, LaTeX, Parquet, PDF and PNG")] = "export",
 ) -> None:
     """Write the tables as CSV, LaTeX (booktabs) and Parquet, and the figures as PDF and PNG."""
-    from xaibatch.cli.output import local_folder
+    from xaibatch.cli.output import local_folder, writing
     from xaibatch.results.export import export as export_run
 
-    for path in export_run(run, local_folder(output)):
-        print(path)
+    with writing(output):
+        for path in export_run(run, local_folder(output)):
+            print(path)

@@ -1,10 +1,12 @@
 """`xaibatch train`: a folder or manifest in, a checkpoint that `xaibatch evaluate` takes, metrics and a picture out."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from xaibatch.cli.output import without_cluster
 from xaibatch.errors import ConfigError
 
 Option = typer.Option
@@ -46,6 +48,7 @@ def train(
     }  # fmt: skip
     options = options_from(config, {name: value for name, value in flags.items() if value is not None}, set_ or [])
     if no_ray:
+        without_cluster(address=address)
         from xaibatch.training.alone import train_alone
 
         train_alone(options)
@@ -53,7 +56,8 @@ def train(
         from xaibatch.cluster.train import train_on_ray
 
         train_on_ray(options, address=address)
-    print(f"evaluate it: xaibatch evaluate --model {options.model} --checkpoint {options.output}/model.safetensors")
+    made = shlex.quote(f"{options.output}/model.safetensors")
+    print(f"evaluate it: xaibatch evaluate --model {options.model} --checkpoint {made}")
 
 
 def options_from(config: Path | None, flags: dict[str, Any], settings: list[str]) -> Any:

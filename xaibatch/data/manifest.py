@@ -106,7 +106,11 @@ class Root:
 
 def _records(table: Table, root: Root) -> list[ImageRecord]:
     names = {column.lower(): column for column in table.columns}
-    masks = {mask: column for lower, column in names.items() if (mask := _mask_name(lower))}
+    masks: dict[str, str] = {}
+    for column in table.columns:
+        mask = _mask_name(column.lower())
+        if mask and masks.setdefault(mask, column) != column:
+            raise DataError(f"{table.where} has two columns for the mask {mask!r}: {masks[mask]!r} and {column!r}")
 
     def cell(row: Row, *columns: str) -> str | None:
         return next((row[names[column]] for column in columns if column in names and row[names[column]]), None)

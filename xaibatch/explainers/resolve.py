@@ -48,10 +48,15 @@ def _load(module_name: str, attribute: str, name: str) -> object:
             f"explainer {name!r}: cannot import {module_name!r} ({error}); expected package.module:function on the "
             f"Python path, or one of: {', '.join(known_explainers())}"
         ) from None
+    except Exception as error:
+        raise UsageError(
+            f"explainer {name!r}: {module_name!r} fails on import: {type(error).__name__}: {error}"
+        ) from error
     try:
         return getattr(module, attribute)
     except AttributeError:
-        public = [known for known in vars(module) if not known.startswith("_")]
+        own = [known for known, item in vars(module).items() if getattr(item, "__module__", None) == module_name]
+        public = [known for known in own if not known.startswith("_")]
         raise UnknownNameError(f"function of {module_name}", attribute, public) from None
 
 

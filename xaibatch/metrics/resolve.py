@@ -48,6 +48,10 @@ def _imported(name: str) -> type[Metric]:
         return _checked(getattr(importlib.import_module(module), attribute), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"metric {name!r} cannot be imported: {error}") from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"metric {name!r}: {module!r} fails on import: {type(error).__name__}: {error}") from error
 
 
 def _checked(item: object, name: str) -> type[Metric]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xaibatch.errors import RunFolderError
-from xaibatch.results.cube import MetricInfo, ScoreCube, metric_info, not_independent, score_cube
+from xaibatch.results.cube import MetricInfo, ScoreCube, metric_info, not_independent, score_cube, unfinished
 from xaibatch.results.frames import Run, open_run
 from xaibatch.results.report_tables import WORDS, more_text, number, p_text
 from xaibatch.results.statistics_paired import Comparison
@@ -36,8 +36,9 @@ class RunComparison:
     metrics: what both runs say of a metric; no direction where options turned it round in one of them.
     settings: dotted key of `run.json` -> values in the first and the second run.
     num_shared, num_only_first, num_only_second: images with scores. num_patients: as in the first run's cube.
-    num_changed: shared images whose predicted class differs; `accuracy` of both runs on the shared labelled images,
-    None without these and for models of one output, which predict no class. unmatched: labels of explainers and metrics
+    num_changed: shared images whose predicted class differs; num_relabelled: those whose label does.
+    accuracy: of both runs on the shared images that both label alike; None without these and for models of one output,
+    which predict no class. unfinished: what is to be said of runs that are. unmatched: labels of explainers and metrics
     that only one of the runs has.
     """
 
@@ -51,6 +52,8 @@ class RunComparison:
     num_only_second: int
     num_patients: int
     num_changed: int
+    num_relabelled: int
+    unfinished: tuple[str, ...]
     accuracy: tuple[float, float] | None
     unmatched: tuple[str, ...]
 
@@ -90,8 +93,9 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         dependent_K=[m.across_images for m in judged],
     )
     predicted = [cube.predicted_I[row] for cube, row in zip(cubes, rows, strict=True)]
-    labels = first.labels_I[rows[0]]
-    known = np.array([None not in names for names in zip(labels, *predicted, strict=True)], bool)
+    labels, others = (cube.labels_I[row] for cube, row in zip(cubes, rows, strict=True))
+    alike = labels == others
+    known = np.array([None not in names for names in zip(labels, *predicted, strict=True)], bool) & alike
     return RunComparison(
         first=runs[0].name,
         second=runs[1].name,
@@ -103,6 +107,12 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         num_only_second=second.num_images - len(images),
         num_patients=first.num_patients,
         num_changed=int((predicted[0] != predicted[1]).sum()),
+        num_relabelled=int((~alike).sum()),
+        unfinished=tuple(
+            f"{run.name}: {line}"
+            for run, cube in zip(runs, cubes, strict=True)
+            for line in unfinished(run.record, cube)
+        ),
         accuracy=(float((predicted[0] == labels)[known].mean()), float((predicted[1] == labels)[known].mean()))
         if known.any()
         else None,
@@ -174,6 +184,9 @@ def _image_lines(found: RunComparison) -> list[str]:
     if found.accuracy:
         line += f"; accuracy {100 * found.accuracy[0]:.1f}% and {100 * found.accuracy[1]:.1f}%"
     lines.append(line)
+    if found.num_relabelled:
+        lines.append(f"{found.num_relabelled} of them are labelled differently, and left out of the accuracy")
+    lines += found.unfinished
     if found.unmatched:
         lines.append(f"not in both runs: {', '.join(found.unmatched)}")
     return lines

@@ -181,6 +181,17 @@ def not_independent(metrics: Iterable[MetricInfo]) -> str:
     )
 
 
+def unfinished(record: Record, cube: ScoreCube) -> list[str]:
+    """What is to be said of a run that is not finished; empty for one that is."""
+    lines = []
+    if record.get("status") not in (None, "finished"):
+        lines.append("the run is not finished: what is shown rests on the parts that exist")
+    expected = record.get("data", {}).get("num_images")
+    if expected and expected != cube.num_images:
+        lines.append(f"{cube.num_images:,} of the run's {expected:,} images have scores")
+    return lines
+
+
 def floor_explainer(explainers: Sequence[str], record: Record) -> str | None:
     """The label of the run's random map: method `random` in `run.json`, or so labelled; None if the run has none."""
     entries = record.get("explainers", {})

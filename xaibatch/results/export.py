@@ -144,6 +144,7 @@ def latex_scores(made: Study, *, medians: bool = False) -> str:
     lines = [
         _comment(f"mean [95% interval], {counted(cube)}" + (", rendered images" if made.synthetic else "")),
         _comment(_ARROWS),
+        *map(_comment, made.unfinished),
         *(_comment(note) for note in captions.mark_notes(marks)),
         *([_comment(_family(made, groups))] if any(marks) else []),
         *([_comment(f"° {ALIKE}")] if _any_alike(made, groups) else []),
@@ -175,6 +176,7 @@ def latex_pairs(made: Study) -> str:
         _comment("d: mean difference over the standard deviation of the differences"),
         _comment(_family(made, made.groups[:1]) + "; better and worse also require an interval that excludes zero"),
         _comment(_ARROWS),
+        *map(_comment, made.unfinished),
         *([_comment(f"° {ALIKE}")] if any(c.alike and c.num_images for c in pairs.values()) else []),
         "\\begin{tabular}{lllrrrl}",
         "\\toprule",

@@ -39,7 +39,7 @@ def write_report(url: str, output: str | Path | None = None, options: ReportOpti
     content = render_report(run, options or ReportOptions()).encode()
     if output is None:
         run.folder.write_bytes(content, REPORT)
-        return run.folder.path(REPORT)
+        return report_url(run.folder)
     if is_remote(str(output)):
         folder, _, name = str(output).rpartition("/")
         RunFolder(folder).write_bytes(content, name)
@@ -48,6 +48,21 @@ def write_report(url: str, output: str | Path | None = None, options: ReportOpti
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(content)
     return str(target)
+
+
+def report_url(folder: RunFolder) -> str:
+    """Where a run's own report is: a path, or a URL where the folder is one."""
+    return folder.path(REPORT) if folder.is_local else f"{folder.url.rstrip('/')}/{REPORT}"
+
+
+def has_report(run: Run) -> bool:
+    """Whether the run's folder holds the report of the run as it is, and not one that was made before it ended."""
+    return run.folder.exists(REPORT) and _stamp(run).encode() in run.folder.read_bytes(REPORT)
+
+
+def _stamp(run: Run) -> str:
+    """A line of the page that tells a finished run's report from earlier ones."""
+    return f'<meta name="xaibatch-run-finished" content="{html.escape(str(run.record.get("finished") or "no"))}">'
 
 
 def render_report(run: Run, options: ReportOptions) -> str:
@@ -81,6 +96,7 @@ def _text_context(run: Run, made: Study, image_notes: tuple[str, ...]) -> dict[s
     return {
         "css": _asset("report.css"),
         "js": _asset("report.js"),
+        "stamp": _stamp(run),
         "title": f"{run.name}: explanations of {model}",
         "heading": f"Explanations of {model}",
         "lead": f"Run {run.name}: {counted(cube).split(',')[0]}, {len(cube.explainers)} explainers, "

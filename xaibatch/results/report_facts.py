@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from xaibatch.results.cube import ScoreCube, floor_explainer, is_synthetic, not_independent
+from xaibatch.results.cube import ScoreCube, floor_explainer, is_synthetic, not_independent, unfinished
 from xaibatch.results.frames import Run
 
 MAX_FAILURES_LISTED = 50
@@ -23,12 +23,8 @@ def notices(run: Run, cube: ScoreCube) -> Iterator[str]:
             "The images are synthetic: rendered radiographs with simulated lesions. Intervals and p-values speak of "
             "the generator of images, not of patients."
         )
-    status = record.get("status")
-    if status not in (None, "finished"):
-        yield f"The run is not finished (status: {status}): what follows rests on the parts that exist."
-    expected = record.get("data", {}).get("num_images")
-    if expected and expected != cube.num_images:
-        yield f"{cube.num_images:,} of the run's {expected:,} images have scores."
+    for line in unfinished(record, cube):
+        yield f"{line[0].upper()}{line[1:]}."
     failed = run.failures.arrow().num_rows
     if failed:
         yield f"{failed:,} {'entry' if failed == 1 else 'entries'} in the list of failures, below under “What was run”."

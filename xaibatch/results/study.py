@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xaibatch.errors import RunFolderError
-from xaibatch.results.cube import Group, ScoreCube, floor_explainer, is_synthetic, score_cube
+from xaibatch.results.cube import Group, ScoreCube, floor_explainer, is_synthetic, score_cube, unfinished
 from xaibatch.results.frames import Run
 from xaibatch.results.ranks import Agreement, Ranking, agreement, rank
 from xaibatch.results.statistics import Summary, summarise
@@ -40,6 +40,8 @@ class Study:
     seed: int
     synthetic: bool
     """Rendered images: intervals speak of their generator."""
+    unfinished: tuple[str, ...]
+    """What is to be said of a run that is not finished."""
     summaries: Mapping[str, Mapping[tuple[str, str], Summary]]
     """By group title."""
     marks: Mapping[str, Mapping[tuple[str, str], str]]
@@ -71,6 +73,7 @@ def make_study(run: Run) -> Study:
         signed={e: bool(entries.get(e, {}).get("signed", False)) for e in cube.explainers},
         seed=seed,
         synthetic=is_synthetic(run.record),
+        unfinished=tuple(unfinished(run.record, cube)),
         summaries={g.title: summaries(cube, g, seed=seed) for g in groups},
         marks={title: floor_marks(found, floor) for title, found in pairs.items()},
         pairs=pairs,

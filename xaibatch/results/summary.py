@@ -23,6 +23,7 @@ from xaibatch.results.cube import (
     not_independent,
     not_scored,
     score_cube,
+    unfinished,
 )
 from xaibatch.results.frames import Run
 from xaibatch.results.statistics import MIN_CLUSTERS, Summary
@@ -232,6 +233,7 @@ def _title(label: str, record: Record, floor_label: str | None) -> str:
 def _caption(cube: ScoreCube, record: Record, floor_label: str | None, cells: Mapping[str, Cells]) -> Iterator[str]:
     neither = "" if all(metric.sign for metric in cube.metrics) else ", no arrow: neither is"
     yield f"mean [95% interval] of {counted(cube)}; ↑ more is better, ↓ less is better{neither}"
+    yield from unfinished(record, cube)
     if is_synthetic(record):
         yield "rendered images: the intervals speak of the generator of images, not of patients"
     marks = {mark for group in cells.values() for _, mark in group.values()}

@@ -1,5 +1,6 @@
 """What a training run is told: data, model, recipe and where it goes; typed, keyword-only, checked."""
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -34,6 +35,15 @@ class AugmentationOptions(Options):
     """Probability of covering one rectangle with the image's mean."""
     erase_side: Range = (0.1, 0.35)
     """Sides of that rectangle, share of the image's."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name, above in (("zoom", math.inf), ("contrast", math.inf), ("gamma", math.inf), ("erase_side", 1.0)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= above or math.isinf(high):
+                limit = "" if math.isinf(above) else f" <= {above:g}"
+                raise ValueError(f"{name} [{low:g}, {high:g}]: expected 0 < low <= high{limit}")
+        return self
 
 
 class TrainOptions(Options):
