@@ -105,6 +105,16 @@ def test_grids_of_timm_models(name: str, options: dict[str, Any], expected: Toke
     assert token_grid_of(model, (230, 224)) == expected
 
 
+def test_a_hybrid_whose_stem_pads_has_a_token_for_every_pixel_that_it_sees() -> None:
+    model = timm.create_model("vit_small_r26_s32_224", img_size=80).eval()
+    images = torch.rand(1, 3, 80, 80, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(images).sum(), images)
+    assert gradient[..., -1, :].abs().sum() > 0  # 80 pixels are three tokens of 26 and a rest, which it sees
+    grid = token_grid_of(model, (80, 80))
+    assert grid == TokenGrid(3, 3, 27, 27)
+    assert min(grid.covered) >= 80
+
+
 def test_every_explainer_sees_the_same_grid_in_a_swin_transformer() -> None:
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=2, depths=(1, 1, 1, 1)).eval()
     images = torch.randn(1, 3, 224, 224)

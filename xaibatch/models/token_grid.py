@@ -15,10 +15,12 @@ def token_grid_of(model: nn.Module, image_size: tuple[int, int]) -> TokenGrid:
 
     Tokens are those of a model that keeps one size throughout (ViT, DeiT, BEiT, EVA, XCiT, Mixer, ...): a rest at the
     lower and right border that is narrower than a patch has no token, as the patch projection drops it, unless the
-    model pads the image. Models whose features shrink on the way (Swin, PiT, every convolutional one) get squares of
-    SQUARE pixels that cover the image, the last of a row or column cut at its border.
+    model, or a convolutional stem below it, pads the image. Models whose features shrink on the way (Swin, PiT, every
+    convolutional one) get squares of SQUARE pixels that cover the image, the last of a row or column cut at its border.
     """
     backbone: Any = getattr(model, "backbone", model)
+    if (padded := _padded_hybrid(backbone, image_size)) is not None:
+        return padded
     patch = _patch(backbone)
     if patch is None:
         rows, columns = (-(-side // SQUARE) for side in image_size)
@@ -28,6 +30,15 @@ def token_grid_of(model: nn.Module, image_size: tuple[int, int]) -> TokenGrid:
         max(1, -(-side // step) if pads else side // step) for side, step in zip(image_size, patch, strict=True)
     )
     return TokenGrid(rows, columns, *patch)
+
+
+def _padded_hybrid(backbone: Any, image_size: tuple[int, int]) -> TokenGrid | None:
+    """Tokens on a convolutional stem, which pads, cover the image, the last ones cut at its border."""
+    embedding: Any = getattr(backbone, "patch_embed", None)
+    if not hasattr(embedding, "backbone") or getattr(embedding, "img_size", None) != image_size:
+        return None
+    (rows, columns), (height, width) = embedding.grid_size, image_size
+    return TokenGrid(rows, columns, -(-height // rows), -(-width // columns))
 
 
 def _patch(backbone: Any) -> tuple[int, int] | None:
