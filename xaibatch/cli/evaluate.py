@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from xaibatch.cli.estimating import estimate_lines
-from xaibatch.cli.output import check_kept
+from xaibatch.cli.output import check_kept, check_without_ray
 from xaibatch.config import RunConfig, load_config, parse_setting, select
 from xaibatch.errors import ConfigError, UsageError
 
@@ -197,10 +197,7 @@ def _check_in_use(flags: Mapping[str, Any], settings: Mapping[str, Any]) -> None
     engine = settings.get("engine")
     named = {*settings, *(f"engine.{key}" for key in engine)} if isinstance(engine, dict) else settings
     names += [f"--set {key}" for key in ONLY_RAY if key in named]
-    if names:
-        raise UsageError(
-            f"--no-ray runs in this process alone and has no use for {', '.join(names)}: leave out the one or the other"
-        )
+    check_without_ray(names)
 
 
 def _engine(no_ray: bool) -> "tuple[Engine, Calibrate]":

@@ -1,6 +1,6 @@
 """An `--output` that would be lost, or that a command cannot write to, is refused by name before any work."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,9 +23,8 @@ def check_kept(output: str | None) -> None:
         )
 
 
-def without_cluster(**flags: object) -> None:
-    """Raise UsageError for what was asked of a cluster beside --no-ray: `flags` by name, None where not given."""
-    names = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None]
+def check_without_ray(names: Sequence[str]) -> None:
+    """Raise UsageError for what was asked of a cluster beside --no-ray."""
     if names:
         raise UsageError(
             f"--no-ray runs in this process alone and has no use for {', '.join(names)}: leave out the one or the other"

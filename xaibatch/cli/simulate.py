@@ -29,14 +29,15 @@ def simulate(
     no_ray: Annotated[bool, Option("--no-ray", help="render in this process")] = False,
 ) -> None:
     """Render radiographs with known truth; synthetic, not for clinical use. Needs the extra `simulate`."""
-    from xaibatch.cli.output import local_folder, without_cluster
+    from xaibatch.cli.output import check_without_ray, local_folder
     from xaibatch.simulate import dataset
 
     folder = local_folder(output)
     options = options_from(size, shortcut, shortcut_label, set_ or [])
     report = _Progress()
     if no_ray:
-        without_cluster(address=address, workers=workers)
+        given = {"--workers": workers, "--address": address}
+        check_without_ray([flag for flag, value in given.items() if value is not None])
         manifest = dataset.simulate(folder, num, seed, options, report)
     else:
         from xaibatch.cluster.simulate import simulate_on_ray

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xaibatch.cli.output import without_cluster
+from xaibatch.cli.output import check_without_ray
 from xaibatch.errors import ConfigError
 
 Option = typer.Option
@@ -48,7 +48,7 @@ def train(
     }  # fmt: skip
     options = options_from(config, {name: value for name, value in flags.items() if value is not None}, set_ or [])
     if no_ray:
-        without_cluster(address=address)
+        check_without_ray([] if address is None else ["--address"])
         from xaibatch.training.alone import train_alone
 
         train_alone(options)
