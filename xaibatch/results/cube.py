@@ -182,7 +182,7 @@ def not_independent(metrics: Iterable[MetricInfo]) -> str:
 
 
 def unfinished(record: Record, cube: ScoreCube) -> list[str]:
-    """What is to be said of a run that is not finished; empty for one that is."""
+    """What is to be said of a run that is not finished, or has images without scores; else empty."""
     lines = []
     if record.get("status") not in (None, "finished"):
         lines.append("the run is not finished: what is shown rests on the parts that exist")
