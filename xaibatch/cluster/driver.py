@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import NodeDiedError, RayError
 
 from xaibatch.cluster import cells
 from xaibatch.cluster.connect import connected
@@ -136,9 +136,11 @@ class _Driver:
             self._measure_queue()
 
     def close(self) -> None:
-        """Give the devices back; whatever still runs has no one to report to."""
-        for ref in self._cells:
-            ray.cancel(ref, force=False, recursive=False)
+        """Give the devices back; whatever still runs has no one to report to.
+
+        Nothing is cancelled, here and elsewhere: `ray.cancel` (2.60) aborts the driver's process when it meets a step
+        that was just sent or is just ending.
+        """
         self._pool.close()
 
     # -- replicas
@@ -159,15 +161,20 @@ class _Driver:
             _LOG.warning("no model replica is ready: %s", self._pool.waiting_for())
 
     def _withdraw_stranded(self) -> None:
-        """Cancel the steps of a shard that were kept away from every node that is left (the others went, these had not
-        shown yet that they see the files): it is opened again."""
+        """Wait no longer for the steps of a shard that were kept away from every node that is left (the others went,
+        these had not shown yet that they see the files): it is opened again. A step that runs after all, on a node that
+        joins later, writes what another one writes."""
+        lost: Any = NodeDiedError("no node is left that it was sent to")  # type: ignore[no-untyped-call]
         open_shards = {id(shard): shard for shard, _ in self._cells.values()}
         for shard in open_shards.values():
             if any(map(self._pool.strands, shard.avoids)):
-                shard.avoids.clear()
-                refs = [ref for ref, (other, _) in self._cells.items() if other is shard]
-                for ref in (*refs, *(shard.explained.spent if shard.explained else ())):
-                    ray.cancel(ref, force=False, recursive=False)
+                stages = [self._unwatch(ref)[1] for ref, (other, _) in list(self._cells.items()) if other is shard]
+                for waiting in [waiting for waiting in self._adapters_waiting if waiting[0] is shard]:
+                    self._adapters_waiting.remove(waiting)
+                    shard.running -= 1
+                    stages.append(waiting[1].name)
+                shard.errors |= dict.fromkeys(stages, lost)
+                self._close(shard)
 
     def _measure_queue(self) -> None:
         num_open = sum(slot.num_open for slot in self._pool.slots)
@@ -269,6 +276,13 @@ class _Driver:
 
     # -- closing cells
 
+    def _unwatch(self, ref: Any) -> tuple[_Open, str]:
+        shard, stage = self._cells.pop(ref)
+        shard.running -= 1
+        if stage in shard.groups and shard.groups[stage].kind == "adapter":
+            self._num_adapters -= 1
+        return shard, stage
+
     def _finished(self) -> list[Any]:
         if not self._cells:
             time.sleep(POLL_S)
@@ -278,10 +292,7 @@ class _Driver:
 
     def _settle(self, refs: Sequence[Any]) -> None:
         for ref in refs:
-            shard, stage = self._cells.pop(ref)
-            shard.running -= 1
-            if stage in shard.groups and shard.groups[stage].kind == "adapter":
-                self._num_adapters -= 1
+            shard, stage = self._unwatch(ref)
             try:
                 report = ray.get(ref)
             except Exception as error:

@@ -7,7 +7,6 @@ from ray.exceptions import (
     RayActorError,
     RayError,
     RayTaskError,
-    TaskCancelledError,
     UnserializableException,
     UserCodeException,
 )
@@ -37,9 +36,9 @@ def is_replica_loss(error: BaseException) -> bool:
 
 
 def is_node_loss(error: BaseException) -> bool:
-    """Whether a CPU task was lost because its node died: Ray says so, or the driver took it back since no node that it
-    was sent to is left."""
-    return isinstance(root(error), NodeDiedError | TaskCancelledError)
+    """Whether a CPU task was lost because its node died: Ray says so, or the driver does, since no node that it was
+    sent to is left."""
+    return isinstance(root(error), NodeDiedError)
 
 
 def end_run_for(error: BaseException) -> None:
