@@ -106,3 +106,13 @@ def test_accuracies_are_compared_on_images_that_both_runs_label_alike(run: Path,
     alike = [p for p in open_run(run).predictions.arrow().to_pylist() if p["image_id"] not in relabelled]
     assert found.accuracy is not None
     assert found.accuracy[0] == pytest.approx(sum(p["label"] == p["predicted"] for p in alike) / len(alike))
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(run: Path, tmp_path: Path) -> None:
+    same = [shutil.copytree(run, tmp_path / folder / "run") for folder in ("may", "june")]
+    found = compare_runs(*map(str, same))
+    assert (found.first, found.second) == ("may/run", "june/run")
+    other = shutil.copytree(run, tmp_path / "other")
+    found = compare_runs(str(same[0]), str(other))
+    assert (found.first, found.second) == ("run", "other")
+    assert compare_runs(str(run), str(run)).second == str(run)

@@ -34,7 +34,7 @@ class RunComparison:
     """`scores`: (explainer, metric) -> second run minus first, verdict of the second run, one family for Holm.
 
     metrics: what both runs say of a metric; no direction where options turned it round in one of them.
-    settings: dotted key of `run.json` -> values in the first and the second run.
+    first, second: the runs' names. settings: dotted key of `run.json` -> values in the first and the second run.
     num_shared, num_only_first, num_only_second: images with scores. num_patients: as in the first run's cube.
     num_changed: shared images whose predicted class differs; num_relabelled: those whose label does.
     accuracy: of both runs on the shared images that both label alike; None without these and for models of one output,
@@ -96,9 +96,10 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
     labels, others = (cube.labels_I[row] for cube, row in zip(cubes, rows, strict=True))
     alike = labels == others
     known = np.array([None not in names for names in zip(labels, *predicted, strict=True)], bool) & alike
+    run_names = _names(*runs)
     return RunComparison(
-        first=runs[0].name,
-        second=runs[1].name,
+        first=run_names[0],
+        second=run_names[1],
         settings=setting_differences(runs[0].record, runs[1].record),
         metrics=infos,
         scores=dict(zip([(e, m) for e in explainers for m in metrics], found, strict=True)),
@@ -109,8 +110,8 @@ def compare_runs(first_url: str, second_url: str) -> RunComparison:
         num_changed=int((predicted[0] != predicted[1]).sum()),
         num_relabelled=int((~alike).sum()),
         unfinished=tuple(
-            f"{run.name}: {line}"
-            for run, cube in zip(runs, cubes, strict=True)
+            f"{name}: {line}"
+            for name, run, cube in zip(run_names, runs, cubes, strict=True)
             for line in unfinished(run.record, cube)
         ),
         accuracy=(float((predicted[0] == labels)[known].mean()), float((predicted[1] == labels)[known].mean()))
@@ -155,6 +156,17 @@ def _cube(run: Run) -> ScoreCube:
     if not scores.num_rows:
         raise RunFolderError(f"{run.folder.url!r} has no scores yet: finish the run first")
     return score_cube(scores, run.record)
+
+
+def _names(first: Run, second: Run) -> tuple[str, str]:
+    """The runs' names, with as many of the folders above them as tell the two apart."""
+    folders = [run.folder.url.rstrip("/").split("/") for run in (first, second)]
+    names = first.name, second.name
+    for depth in range(2, max(map(len, folders)) + 1):
+        if names[0] != names[1]:
+            break
+        names = "/".join(folders[0][-depth:]), "/".join(folders[1][-depth:])
+    return names
 
 
 def _places(names: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
