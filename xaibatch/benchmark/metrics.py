@@ -231,7 +231,7 @@ def _line(setting: Setting, pair: Pair, benches: Mapping[int, Bench]) -> Line:
     options, cells = setting.options, dict[str, Cell]()
     best, failure = (1, "stock: quantus not installed")
     if installed("quantus"):
-        best, failure = _best_batch(setting, pair, benches[1])
+        best, failure = _best_batch(setting, pair, benches[max(benches)])
     for num, one in benches.items():
         work: dict[str, Work] = {"ours": one.ours}
         if not failure:
@@ -248,7 +248,8 @@ def _line(setting: Setting, pair: Pair, benches: Mapping[int, Bench]) -> Line:
 
 
 def _best_batch(setting: Setting, pair: Pair, one: Bench) -> tuple[int, str]:
-    """The batch size at which Quantus is faster, and why it cannot be run where it cannot."""
+    """The batch size at which Quantus is faster and refuses no explainer's maps (it refuses a batch of negative values
+    only), and why it cannot be run where it cannot."""
     sizes = sorted({1, len(setting.dataset.records)})
     work: dict[str, Work] = {str(size): partial(one.stock, pair, size) for size in sizes}
     timings, errors = interleaved(work, runs=1, device=setting.device, warm_up=False)
