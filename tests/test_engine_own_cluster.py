@@ -25,9 +25,11 @@ with _private_folder() as folder:
 
 TWICE = """
 import os
+import signal
 import ray
 from xaibatch.cluster.connect import connected
 from xaibatch.config import EngineConfig
+from xaibatch.pipeline.stopping import StopFlag
 from ray.cluster_utils import Cluster
 
 class Actor:
@@ -37,9 +39,15 @@ class Actor:
 def ask(number):
     assert ray.get(ray.remote(Actor).options(num_cpus=0).remote().answer.remote(number)) == number
 
-for number in (1, 2):
-    with connected(EngineConfig()):
-        ask(number)
+for number in (1, 2):  # Ray's own handlers would end the process, one way or another
+    with StopFlag() as stop:
+        with connected(EngineConfig()):
+            ask(number)
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested
 made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 ray.init(address=made.address, log_to_driver=False)
 ask(3)

@@ -6,17 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
+import typer
 from ray.cluster_utils import Cluster
 
 from tests.engine_chaos import EXPLAINERS, METRICS, write_config
 from tests.engine_cluster import ROOT, assert_same_rows
 from tests.toy import Watch, toy_config
+from xaibatch.cli import run_app
 from xaibatch.cluster.driver import run_on_ray
 from xaibatch.config import EngineConfig
 from xaibatch.errors import EngineError, StoppedError
@@ -26,7 +30,7 @@ from xaibatch.pipeline.job import Job
 from xaibatch.pipeline.local import run_local
 from xaibatch.pipeline.run import Outcome, evaluate
 from xaibatch.pipeline.session import Session
-from xaibatch.pipeline.stopping import StopFlag
+from xaibatch.pipeline.stopping import Interrupted, StopFlag, handlers_kept, interruptible
 from xaibatch.pipeline.work import CellReport
 from xaibatch.results.lock import LOCK
 
@@ -149,14 +153,90 @@ def test_the_plain_engine_computes_where_and_how_it_is_told(
     assert device_here(EngineConfig()) == "cuda" and device_here(EngineConfig(device="cpu")) == "cpu"
 
 
-def test_a_second_signal_acts_as_it_did_before() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell began this in background
-    try:
-        with StopFlag() as stop:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_cluster_comes_or_goes(
+    cluster: Cluster, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """While it comes, the run stops before any work; while it goes, everything is done and the run ends as usual."""
+    moment = "comes"
+
+    @contextmanager
+    def signalled(engine: EngineConfig) -> Iterator[None]:
+        if moment == "comes":
+            os.kill(os.getpid(), number)
+        yield
+        if moment == "goes":
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("xaibatch.cluster.driver.connected", signalled)
+    settings = {"explainers": {"random": {}}, "metrics": {"effective_complexity": {}}, "engine__threads": 1}
+    config, before = toy_config(images, tmp_path / "run", **settings), signal.getsignal(number)
+    with pytest.raises(StoppedError, match=f"stopped by {number.name}"):
+        evaluate(config, run_on_ray, Watch())
+    assert not parts(tmp_path) and not (tmp_path / "run" / LOCK).exists()
+    moment = "goes"
+    assert evaluate(config, run_on_ray, Watch()).num_cells_run == 6
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_the_engine_unwinds(
+    from_a_shell: None, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """While images are read or the table is made: locks are given back, and it is one line."""
+    app, unwound = typer.Typer(pretty_exceptions_enable=False), []
+
+    @app.command()
+    def command() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            pytest.fail("the signal was not delivered")
+        except Exception:
+            pytest.fail("the signal was taken for an error")
+        finally:
+            unwound.append(True)
+
+    with pytest.raises(SystemExit) as ended:
+        run_app(app, [])
+    assert ended.value.code == 128 + number and unwound
+    assert capsys.readouterr().err == f"error: stopped by {number.name}\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_ignored(from_a_shell: None) -> None:
+    """As for a process that a shell began in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_second_signal_acts_as_it_did_before(from_a_shell: None) -> None:
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.requested
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handlers_of_others_do_not_stay(from_a_shell: None) -> None:
+    """Ray's own end the process in the middle of things. Also where the flag was set while they were put in place."""
+    with StopFlag() as stop:
+        with handlers_kept():
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(signal.SIGTERM, lambda number, frame: pytest.fail("the other handler was called"))
+        assert stop.requested and signal.getsignal(signal.SIGTERM) == stop._note
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.fixture
+def from_a_shell() -> Iterator[None]:
+    """Handlers as a process has that was typed: others are inherited where a shell began the tests in background."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -8,6 +8,7 @@ import typer
 from xaibatch.cli import evaluate, explain, listing, results, simulate, train
 from xaibatch.errors import XaibatchError
 from xaibatch.pipeline.host_memory import keep_freed_memory
+from xaibatch.pipeline.stopping import Interrupted, interruptible
 
 app = typer.Typer(
     name="xaibatch",
@@ -26,7 +27,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run_app(command: typer.Typer, args: list[str] | None = None) -> None:
-    """Run a typer application; XaibatchError becomes one line on standard error and its own exit code.
+    """Run a typer application; XaibatchError becomes one line on standard error and its own exit code, SIGINT and
+    SIGTERM one line and the shell's, 128 + signal.
 
     A user's own explainer may lie in the current folder, which a console script does not search by itself.
     """
@@ -34,7 +36,8 @@ def run_app(command: typer.Typer, args: list[str] | None = None) -> None:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     try:
-        command(args)
-    except XaibatchError as error:
+        with interruptible():
+            command(args)
+    except (XaibatchError, Interrupted) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

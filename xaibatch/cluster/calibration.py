@@ -34,7 +34,7 @@ def calibrate_on_ray(job: Job, shard: Shard, *, actor: type[Replica] = Replica) 
     finds another checkpoint than the run began with; StoppedError after SIGINT or SIGTERM; else whatever goes wrong
     with the sample, RuntimeError where its replicas are lost.
     """
-    with connected(job.config.engine), StopFlag() as stop:
+    with StopFlag() as stop, connected(job.config.engine):
         pool = ReplicaPool(job=job, actor=actor)
         try:
             return _calibrated(pool, shard, stop)

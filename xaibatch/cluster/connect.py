@@ -23,6 +23,7 @@ import ray.exceptions
 
 from xaibatch.config import EngineConfig
 from xaibatch.errors import EngineError, UsageError
+from xaibatch.pipeline.stopping import handlers_kept
 
 ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 """Environment of everything that is not a replica: parallelism comes from tasks, not from threads inside them."""
@@ -87,7 +88,8 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        with handlers_kept():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise EngineError(
             f"cannot join the Ray cluster at {address!r}: {error}. Start one with `ray start --head` and give "
@@ -96,7 +98,8 @@ def _joined(address: str) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with handlers_kept():
+            ray.shutdown()
 
 
 @contextmanager
@@ -111,19 +114,21 @@ def _own_cluster() -> Iterator[None]:
             _start(folder)
             yield
         finally:
-            ray.shutdown()
+            with handlers_kept():
+                ray.shutdown()
 
 
 def _start(folder: str) -> None:
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=folder,
-            _system_config=SYSTEM_CONFIG,
-        )
+        with handlers_kept():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=folder,
+                _system_config=SYSTEM_CONFIG,
+            )
     except Exception as error:
         raise EngineError(
             f"Ray did not start on this machine ({error}). A busy machine may need another try; --no-ray does without"

@@ -63,7 +63,7 @@ def run_on_ray(
     cannot be written; ChangedWeightsError if a replica or task that starts finds another checkpoint than the run began
     with; StoppedError after SIGINT or SIGTERM. What is finished stays; the same call on what is still pending goes on.
     """
-    with connected(job.config.engine), StopFlag() as stop:
+    with StopFlag() as stop, connected(job.config.engine):
         job = placed(job)
         driver = _Driver(job, work, progress, stop, ReplicaPool(job=job, actor=actor))
         try:
