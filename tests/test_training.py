@@ -1,13 +1,20 @@
 """Training runs: against themselves after a kill, what they leave, and two workers of Ray."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 
+from tests.engine_cluster import ROOT
 from tests.toy_training import TINY, make_toy, options
 from xaibatch.cli import main
 from xaibatch.cli.train import options_from
@@ -173,6 +180,22 @@ def test_ray_trains_with_two_workers(cluster, toy, tmp_path):
     assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 1
     model = load_model(TINY, checkpoint=str(tmp_path / "run" / "model.safetensors"))
     assert model.class_names == ("a", "b")
+
+
+def test_a_signal_ends_training_on_ray_cleanly(toy, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options(toy, tmp_path, epochs=1000).model_dump(mode="json")))
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--config", str(tmp_path / "run.yaml")]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=clean)
+    deadline = time.monotonic() + 180
+    while not (history := tmp_path / "run" / "history.jsonl").exists() or not history.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+    printed = (tmp_path / "log").read_text()
+    assert printed.endswith("error: stopped by SIGTERM\n") and "Traceback" not in printed
 
 
 def test_ray_is_not_started_for_data_that_leaks(tmp_path, monkeypatch):

@@ -38,6 +38,9 @@ def run_app(command: typer.Typer, args: list[str] | None = None) -> None:
     try:
         with interruptible():
             command(args)
-    except (XaibatchError, Interrupted) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+    except (XaibatchError, Interrupted, SystemError) as error:
+        told = error.__cause__ if isinstance(error, SystemError) else error  # C++ that was interrupted makes it one
+        if not isinstance(told, XaibatchError | Interrupted):
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        raise SystemExit(told.exit_code) from None

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import ray
@@ -17,6 +19,7 @@ from xaibatch.cluster.connect import connected
 from xaibatch.config import EngineConfig
 from xaibatch.data.dataset import open_dataset
 from xaibatch.errors import UsageError, XaibatchError
+from xaibatch.pipeline.stopping import Interrupted, handlers_kept
 from xaibatch.training.fit import LOG_NAME, Place, fit
 from xaibatch.training.options import TrainOptions
 from xaibatch.training.splits import splits_of
@@ -52,7 +55,7 @@ def train_on_ray(options: TrainOptions, *, address: str | None = None) -> None:
                 failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             ),
         )
-        with _shown(output / LOG_NAME), _quiet():
+        with _shown(output / LOG_NAME), _quiet(), _stoppable():
             mistake = _fitted(trainer)
     if mistake is not None:
         raise mistake
@@ -120,6 +123,27 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ray Train ends a run at SIGINT by an exit from inside its own code; here at SIGTERM too. Raises Interrupted."""
+    numbers: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        numbers.append(number)
+        interrupt: Any = signal.getsignal(signal.SIGINT)
+        interrupt(signal.SIGINT, frame)
+
+    with handlers_kept():
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        except (SystemExit, SystemError) as error:  # the second is what is left of the first where C++ called it
+            if not isinstance(error, SystemExit) and not isinstance(error.__cause__, SystemExit):
+                raise
+            raise Interrupted(numbers[0] if numbers else signal.SIGINT) from None
 
 
 def _has_gpus(num_workers: int) -> bool:
