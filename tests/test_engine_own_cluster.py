@@ -2,6 +2,7 @@
 it was."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.engine_cluster import ROOT
 from xaibatch.cluster import connect
 from xaibatch.cluster.connect import connected
 from xaibatch.config import EngineConfig
+from xaibatch.pipeline.stopping import Interrupted
 
 HOLD = """
 import sys
@@ -113,6 +115,23 @@ def test_the_environment_is_left_as_it_was_but_for_the_token(monkeypatch: pytest
         assert len(seen["RAY_AUTH_TOKEN"]) == 64 and seen["RAY_USAGE_STATS_ENABLED"] == "0"
     assert dict(os.environ) == before | {"RAY_AUTH_TOKEN": seen["RAY_AUTH_TOKEN"]}
     monkeypatch.delenv("RAY_AUTH_TOKEN")
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_a_signal_while_ray_starts_is_none_of_ray_s(
+    place: Path, monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    def init(**options: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"), connected(EngineConfig(address=address)):
+        pytest.fail("the cluster was taken for started")
+    assert signal.getsignal(signal.SIGTERM) == before and not list(place.iterdir())
 
 
 def test_one_process_uses_several_clusters_in_turn() -> None:

@@ -12,18 +12,19 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import ray
 import ray.exceptions
 
 from xaibatch.config import EngineConfig
 from xaibatch.errors import EngineError, UsageError
-from xaibatch.pipeline.stopping import handlers_kept
+from xaibatch.pipeline.stopping import Interrupted, handlers_kept
 
 ONE_THREAD: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 """Environment of everything that is not a replica: parallelism comes from tasks, not from threads inside them."""
@@ -88,8 +89,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
     try:
-        with handlers_kept():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        _init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise EngineError(
             f"cannot join the Ray cluster at {address!r}: {error}. Start one with `ray start --head` and give "
@@ -120,19 +120,27 @@ def _own_cluster() -> Iterator[None]:
 
 def _start(folder: str) -> None:
     try:
-        with handlers_kept():
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=folder,
-                _system_config=SYSTEM_CONFIG,
-            )
+        _init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=folder,
+            _system_config=SYSTEM_CONFIG,
+        )
     except Exception as error:
         raise EngineError(
             f"Ray did not start on this machine ({error}). A busy machine may need another try; --no-ray does without"
         ) from error
+
+
+def _init(**options: Any) -> None:
+    """`ray.init`, whose own handlers of SIGTERM exit meanwhile; raises Interrupted then."""
+    with handlers_kept():
+        try:
+            ray.init(**options)
+        except SystemExit:
+            raise Interrupted(signal.SIGTERM) from None
 
 
 def _place() -> str:
