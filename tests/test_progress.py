@@ -92,6 +92,27 @@ def test_passes_that_nobody_counted_foretell_nothing(job: Job) -> None:
     assert lines.getvalue().splitlines()[0].endswith("about 50 forward passes; not counted: quantus:Focus")
 
 
+def test_the_time_left_counts_down_between_cells(job: Job) -> None:
+    """A quarter of the cells in ten seconds: thirty left, for ten seconds fewer every second, then twenty until a cell
+    ends."""
+    clock = Clock()
+    watcher = ProgressWatcher(stream=io.StringIO(), live=False, json_s=0, clock=clock)
+    watcher.start(job, replace(EXPECTED, num_forward_passes=0), 0)
+    watcher.replicas(1)
+    watcher.replicas(1)
+    assert state(job)["seconds_left"] is None
+    clock.now += 10
+    watcher.done(REPORT)
+    left = []
+    for _ in range(4):
+        left.append(state(job)["seconds_left"])
+        clock.now += 4
+        watcher.replicas(1)
+    assert left == pytest.approx([30, 26, 22, 20])
+    watcher.done(REPORT)
+    assert state(job)["seconds_left"] == pytest.approx(26)
+
+
 def test_lines_are_few(job: Job) -> None:
     """However many cells end, one line in ten seconds."""
     clock, lines = Clock(), io.StringIO()

@@ -60,7 +60,7 @@ class ProgressWatcher:
         self._job, self._expected, self._before = job, expected, num_cells_done
         usual_s = LOCAL_JSON_S if job.folder.is_local else REMOTE_JSON_S
         self._json_s = usual_s if self._json_wanted_s is None else self._json_wanted_s
-        self._started = self._last_line = self._last_json = self._clock()
+        self._started = self._last_line = self._last_json = self._last_done = self._clock()
         self._first_replica: float | None = None
         self._num_replicas = self._most_replicas = 0
         self._replica_s = 0.0
@@ -87,6 +87,7 @@ class ProgressWatcher:
 
     def done(self, report: CellReport) -> None:
         """A cell has its part."""
+        self._last_done = self._clock()
         self._cells += 1
         self._images += report.num_images
         self._passes += report.num_forward_passes
@@ -165,16 +166,24 @@ class ProgressWatcher:
         return cells + (f", {self._image_failures:,} failures of images" if self._image_failures else "")
 
     def _rates(self) -> dict[str, Any]:
-        """Images and forward passes per second since the first replica was ready; seconds left by the larger of the two
-        shares that are known: cells always, forward passes where all of them were counted beforehand."""
+        """Images and forward passes per second since the first replica was ready, and seconds left."""
         seconds = self._clock() - self._first_replica if self._first_replica is not None else 0.0
-        total = 0 if self._expected.uncounted else self._expected.num_forward_passes
-        share = max(self._cells / max(1, self._expected.num_cells), self._passes / total if total else 0.0)
         return {
             "images_per_second": self._images / seconds if seconds else 0.0,
             "forward_passes_per_second": self._passes / seconds if seconds else 0.0,
-            "seconds_left": max(0.0, seconds / share - seconds) if share > 0 and seconds else None,
+            "seconds_left": self._seconds_left(),
         }
+
+    def _seconds_left(self) -> float | None:
+        """By the larger of the two shares that are known when a cell ends: cells always, forward passes where all of
+        them were counted beforehand. Until the next cell ends it counts down, as long as one takes on average."""
+        total = 0 if self._expected.uncounted else self._expected.num_forward_passes
+        share = max(self._cells / max(1, self._expected.num_cells), self._passes / total if total else 0.0)
+        seconds = self._last_done - self._first_replica if self._first_replica is not None else 0.0
+        if not self._cells or seconds <= 0:
+            return None
+        since = min(self._clock() - self._last_done, seconds / self._cells)
+        return max(0.0, seconds / share - seconds - since)
 
     def _sums(self) -> dict[str, Any]:
         idle = max(0.0, self._replica_s - self._seconds["model"])
