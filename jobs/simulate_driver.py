@@ -163,9 +163,11 @@ def list_parts(num_shards: int) -> dict[str, Any]:
                 path = Path(job.folder.path(table, f"{part}.parquet"))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(part_bytes(table, part, TABLES[table].empty_table(), run_id=job.run_id))
-        cpu, wall = time.process_time(), time.perf_counter()
-        assert pending(job, shards, listed=listings(job, "contents")) == []
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        cpu = wall = float("inf")
+        for _ in range(3):  # the best of them: others may keep the machine busy
+            cpu_before, wall_before = time.process_time(), time.perf_counter()
+            assert pending(job, shards, listed=listings(job, "contents")) == []
+            cpu, wall = min(cpu, time.process_time() - cpu_before), min(wall, time.perf_counter() - wall_before)
         num_parts = num_shards * (3 + len(job.groups))
         return {"num_parts": num_parts, "cpu_us_per_part": 1e6 * cpu / num_parts, "wall_s": wall}
 
