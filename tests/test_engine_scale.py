@@ -14,7 +14,7 @@ def test_cost_per_cell_and_memory_are_flat() -> None:
     would be threefold if it followed their number, does not double; memory does not follow the number of cells; the
     listing is linear."""
     command = [sys.executable, str(ROOT / "jobs" / "simulate_driver.py")]
-    command += ["--shards", "40", "120", "--parts", "500", "1500", "--images", "50000", "--open-shards", "8"]
+    command += ["--shards", "40", "120", "--parts", "250", "750", "--images", "50000", "--open-shards", "8"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)

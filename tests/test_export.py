@@ -126,7 +126,7 @@ def test_thousands_of_rows_print_within_two_seconds(tmp_path):
         printed(run)
         return time.process_time() - start
 
-    assert min(seconds() for _ in range(3)) < 2  # the best of three: others may keep the machine busy
+    assert any(seconds() < 2 for _ in range(3)), "others may keep the machine busy, but not each time"
 
 
 # -- export
