@@ -12,9 +12,8 @@ unless that happens to the same shard NODE_LOSSES times.
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import ray
@@ -23,7 +22,8 @@ from ray.exceptions import NodeDiedError, RayError
 from xaibatch.cluster import cells
 from xaibatch.cluster.connect import connected
 from xaibatch.cluster.losses import describe, end_run_for, is_loss, is_node_loss, is_replica_loss, root
-from xaibatch.cluster.pool import Place, ReplicaPool, Slot
+from xaibatch.cluster.open_shard import OpenShard
+from xaibatch.cluster.pool import ReplicaPool, Slot
 from xaibatch.cluster.replica import Replica
 from xaibatch.cluster.telemetry import DriverMeter
 from xaibatch.errors import EngineError, RunFolderError
@@ -76,34 +76,6 @@ def run_on_ray(
             driver.close()
 
 
-@dataclass(kw_only=True, eq=False)
-class _Open:
-    """A shard that is being worked on, or that waits for another attempt.
-
-    lost_in: places whose replica was lost under it; avoids: nodes that its steps were kept away from when they were
-    sent.
-    """
-
-    work: ShardWork
-    groups: dict[str, MetricGroup]
-    left: set[str]
-    attempts: Counter[str] = field(default_factory=Counter)
-    errors: dict[str, Exception] = field(default_factory=dict)
-    running: int = 0
-    alone: bool = False
-    num_node_losses: int = 0
-    lost_in: set[Place] = field(default_factory=set)
-    avoids: set[frozenset[str]] = field(default_factory=set)
-    opened: float = 0.0
-    not_before: float = 0.0
-    explained: cells.Explained | None = None
-    slot: Slot | None = None
-
-    def is_known_to(self, slot: Slot) -> bool:
-        """Whether the replica has explained the shard."""
-        return self.explained is not None and self.explained.slot is slot
-
-
 class _Driver:
     """The loop. Cells are known by the reference to their report."""
 
@@ -115,10 +87,10 @@ class _Driver:
         self._job_ref = ray.put(job)
         self._sent = cells.Sent(job=self._job_ref)
         self._fresh, self._num_fresh = iter(work), len(work)
-        self._next: _Open | None = None
-        self._again: deque[_Open] = deque()
-        self._cells: dict[Any, tuple[_Open, str]] = {}
-        self._adapters_waiting: deque[tuple[_Open, MetricGroup, bool]] = deque()
+        self._next: OpenShard | None = None
+        self._again: deque[OpenShard] = deque()
+        self._cells: dict[Any, tuple[OpenShard, str]] = {}
+        self._adapters_waiting: deque[tuple[OpenShard, MetricGroup, bool]] = deque()
         self._num_adapters = 0
         self._num_ready = 0
         self._told = self._waiting_since = time.monotonic()
@@ -202,7 +174,7 @@ class _Driver:
                 break
         self._start_adapters()
 
-    def _choices(self, shard: _Open, kept: Slot | None) -> list[Slot]:
+    def _choices(self, shard: OpenShard, kept: Slot | None) -> list[Slot]:
         """Replicas that may take the shard: not those that were lost under it, as long as there are others. The last
         fresh shards do not queue behind another one while replicas start that would work on them at once."""
         ready = self._pool.ready
@@ -214,27 +186,29 @@ class _Driver:
             if slot is not kept and not slot.exclusive and (shard.alone or slot.num_open < limit)
         ]
 
-    def _due(self) -> Iterator[_Open]:
+    def _due(self) -> Iterator[OpenShard]:
         """Shards whose next attempt is due, then fresh ones."""
         now = time.monotonic()
         yield from [shard for shard in self._again if shard.not_before <= now]
         while (shard := self._upcoming()) is not None:
             yield shard
 
-    def _upcoming(self) -> _Open | None:
+    def _upcoming(self) -> OpenShard | None:
         """The next fresh shard."""
         if self._next is None and (work := next(self._fresh, None)) is not None:
-            self._next = _Open(work=work, groups={group.name: group for group in work.groups}, left=set(work.stages))
+            self._next = OpenShard(
+                work=work, groups={group.name: group for group in work.groups}, left=set(work.stages)
+            )
         return self._next
 
-    def _take(self, shard: _Open) -> None:
+    def _take(self, shard: OpenShard) -> None:
         if shard is self._next:
             self._next = None
             self._num_fresh -= 1
         else:
             self._again.remove(shard)
 
-    def _open(self, shard: _Open, slot: Slot) -> None:
+    def _open(self, shard: OpenShard, slot: Slot) -> None:
         shard.slot, slot.exclusive, shard.opened = slot, shard.alone, time.monotonic()
         slot.num_open += 1
         shard.errors.clear()
@@ -265,18 +239,18 @@ class _Driver:
             shard.running -= 1
             self._watch(self._score(shard, group, count), shard, group.name)
 
-    def _score(self, shard: _Open, group: MetricGroup, count: bool) -> Any:
+    def _score(self, shard: OpenShard, group: MetricGroup, count: bool) -> Any:
         assert shard.explained is not None
         shard.avoids.add(self._sent.avoid)
         return cells.score(self._job, self._sent, shard.work.shard, group, shard.explained, count)
 
-    def _watch(self, ref: Any, shard: _Open, stage: str) -> None:
+    def _watch(self, ref: Any, shard: OpenShard, stage: str) -> None:
         self._cells[ref] = (shard, stage)
         shard.running += 1
 
     # -- closing cells
 
-    def _unwatch(self, ref: Any) -> tuple[_Open, str]:
+    def _unwatch(self, ref: Any) -> tuple[OpenShard, str]:
         shard, stage = self._cells.pop(ref)
         shard.running -= 1
         if stage in shard.groups and shard.groups[stage].kind == "adapter":
@@ -304,7 +278,7 @@ class _Driver:
             if not shard.running:
                 self._close(shard)
 
-    def _close(self, shard: _Open) -> None:
+    def _close(self, shard: OpenShard) -> None:
         """A shard's cells are all settled: done with it, or another attempt, or give up what has had its attempts."""
         assert shard.slot is not None
         shard.slot.num_open -= 1
@@ -326,7 +300,7 @@ class _Driver:
             shard.not_before = time.monotonic() + FIRST_PAUSE_S * 2**tried
             self._again.append(shard)
 
-    def _went_with_a_node(self, shard: _Open) -> bool:
+    def _went_with_a_node(self, shard: OpenShard) -> bool:
         """Whether a node that died explains what was lost."""
         assert shard.slot is not None
         losses = [error for error in shard.errors.values() if is_loss(error)]
@@ -335,7 +309,7 @@ class _Driver:
         shard.num_node_losses += 1
         return shard.num_node_losses < NODE_LOSSES
 
-    def _judge_replica(self, shard: _Open, suspect: bool) -> None:
+    def _judge_replica(self, shard: OpenShard, suspect: bool) -> None:
         """Tell the pool how the shard fared on its replica; the next attempt prefers another one."""
         assert shard.slot is not None
         lost = any(map(is_replica_loss, shard.errors.values()))
@@ -354,7 +328,7 @@ class _Driver:
             return False
         return True
 
-    def _give_up(self, shard: _Open, stage: str, error: Exception) -> None:
+    def _give_up(self, shard: OpenShard, stage: str, error: Exception) -> None:
         if isinstance(root(error), RunFolderError):  # no other cell would fare better
             raise EngineError(f"the results cannot be kept: {root(error)}") from None
         cell = FailedCell(shard=shard.work.shard.name, stage=stage, error=describe(error))
