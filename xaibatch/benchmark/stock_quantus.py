@@ -4,12 +4,16 @@ Shape letters: B images, C channels, H W pixels.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from xaibatch.metrics.quantus_environment import lent_numpy_names, own_draws
+from xaibatch.seeding import DrawKey
+
+_DRAWS: Final = DrawKey(seed=0, image_id="benchmark")
 
 ExplainFunc = Callable[..., NDArray[np.floating]]
 """(model, inputs, targets, **kwargs) -> maps (B,1,H,W)."""
@@ -31,7 +35,7 @@ def stock_score(
     since it changes them."""
     import quantus
 
-    with _as_before(), warnings.catch_warnings():
+    with own_draws(_DRAWS), lent_numpy_names(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         metric = getattr(quantus, name)(
             disable_warnings=True, display_progressbar=False, return_aggregate=False, **options
@@ -46,21 +50,3 @@ def stock_score(
             batch_size=batch_size,
             device=device,
         )
-
-
-@contextmanager
-def _as_before() -> Iterator[None]:
-    """Quantus draws from NumPy's global stream, here from its start, and uses a name that NumPy 2.4 removed; both are
-    put back afterwards."""
-    state = np.random.get_state()  # noqa: NPY002
-    np.random.seed(0)  # noqa: NPY002
-    removed = "trapz"
-    lent = not hasattr(np, removed)
-    if lent:
-        setattr(np, removed, np.trapezoid)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
-        if lent:
-            delattr(np, removed)

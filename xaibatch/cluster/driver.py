@@ -110,8 +110,8 @@ class _Driver:
     def close(self) -> None:
         """Give the devices back; whatever still runs has no one to report to.
 
-        Nothing is cancelled, here and elsewhere: `ray.cancel` (2.60) aborts the driver's process when it meets a step
-        that was just sent or is just ending.
+        Nothing is cancelled, here and elsewhere: `ray.cancel` (2.60) can abort the driver's process when it meets a
+        step that was just sent or is just ending.
         """
         self._pool.close()
 
